@@ -1,0 +1,84 @@
+"""`python -m lorax_train VERB`: one function a verb."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from lorax_train import errors
+
+
+class _Parser(argparse.ArgumentParser):
+  """Says what is wrong in one line, as every other error of ours."""
+
+  def error(self, message: str) -> None:  # type: ignore[override]
+    raise errors.ConfigError(f'{self.prog}: {message}')
+
+
+def train(argv: Sequence[str]) -> int:
+  """Train adapters: --config FILE [--config.a.b=v ...]."""
+  from lorax_train import main
+
+  return main.main(['lorax-train train', *argv])
+
+
+def score(argv: Sequence[str]) -> int:
+  """Logits and loss of token ids in an npz file."""
+  parser = _Parser('lorax-train score', description=score.__doc__)
+  parser.add_argument('--model', required=True, help='HF directory or hub id')
+  parser.add_argument('--adapter', help='PEFT adapter directory')
+  parser.add_argument(
+    '--tokens', required=True, help='npz: ids, optionally mask and labels'
+  )
+  parser.add_argument('--out', required=True, help='npz that gets logits, loss')
+  parser.add_argument(
+    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+  )
+  parser.add_argument('--batch-size', type=int, default=8)
+  parser.add_argument('--json', action='store_true', help='report as JSON')
+  args = parser.parse_args(argv)
+  if args.batch_size < 1:
+    raise errors.ConfigError(f'--batch-size {args.batch_size}: below 1')
+  from lorax_train.infer import score as room
+
+  report = room.score(
+    args.model,
+    args.tokens,
+    args.out,
+    args.adapter,
+    args.dtype,
+    args.batch_size,
+  )
+  if args.json:
+    print(json.dumps(report))
+  else:
+    loss = '' if report['loss'] is None else f', loss {report["loss"]:.6f}'
+    print(f'{report["rows"]} rows, {report["tokens"]} tokens{loss}: {args.out}')
+  return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+  'train': train,
+  'score': score,
+}
+
+
+def cli(argv: Sequence[str] | None = None) -> int:
+  """Runs a verb; returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  listing = '\n'.join(f'  {n:<8} {f.__doc__}' for n, f in VERBS.items())
+  if not argv or argv[0] in ('-h', '--help'):
+    print(f'usage: lorax-train VERB [--help]\n\n{listing}')
+    return 0 if argv else 2
+  try:
+    if argv[0] not in VERBS:
+      raise errors.ConfigError(
+        f'{argv[0]!r} is no verb; there are: {", ".join(VERBS)}'
+      )
+    return VERBS[argv[0]](argv[1:])
+  except (errors.UserError, OSError, KeyboardInterrupt) as error:
+    return errors.report(error)
+
+
+if __name__ == '__main__':
+  sys.exit(cli())

@@ -1,0 +1,345 @@
+"""TrainConfig: everything a run is told, one frozen dataclass a section.
+
+A config file is a Python file whose `get_config()` starts from `defaults()`;
+see configs/mistral_lora.py. Strings that are '' and numbers that are 0 mean
+"not used" where the text says so, so that every key has one type and can be
+overridden on the command line.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from lorax_train.errors import ConfigError
+from lorax_train.lora import LoraSpec
+
+_CHOICES = 'choices'
+_AT_LEAST = 'at_least'
+_BELOW = 'below'
+
+
+def _key(default: Any, *, choices=None, at_least=None, below=None) -> Any:
+  metadata = {_CHOICES: choices, _AT_LEAST: at_least, _BELOW: below}
+  return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+  """The base model.
+
+  Attributes:
+    path: directory in Hugging Face format, or a hub id.
+    dtype: compute dtype of the layers.
+    param_dtype: dtype the frozen weights are stored in.
+    quant: how the frozen weights are quantised.
+    attention: implementation of attention; so far both are the one XLA makes.
+    remat: what the backward pass recomputes: nothing, all but the weight
+      products, or whole layers.
+  """
+
+  path: str = ''
+  dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
+  param_dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
+  quant: str = _key('none', choices=('none',))
+  attention: str = _key('auto', choices=('auto', 'xla'))
+  remat: str = _key('full', choices=('none', 'dots', 'full'))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSection:
+  """The adapters; see `lora.LoraSpec` for the matching rules.
+
+  Attributes:
+    targets: module names with commas, a regex, or all-linear.
+    rank: r.
+    alpha: the update is scaled by alpha / r (rslora: alpha / sqrt(r)).
+    dropout: rate on the adapters' input.
+    variant: lora or rslora.
+    exclude: names or a regex that win over targets; '' for none.
+    rank_pattern: other ranks by regex: 'down_proj=16,layers.0.*=4'.
+    alpha_pattern: other alphas by regex, likewise.
+    layers_to_transform: indices of the layers to adapt, '0,1,2'; '' for all.
+    init_from: PEFT adapter directory to start from; '' for fresh factors.
+      rank, alpha, targets and so on are then the adapter's own.
+  """
+
+  targets: str = 'q_proj,v_proj'
+  rank: int = _key(8, at_least=1)
+  alpha: float = 16.0
+  dropout: float = _key(0.0, at_least=0, below=1)
+  variant: str = _key('lora', choices=('lora', 'rslora'))
+  exclude: str = ''
+  rank_pattern: str = ''
+  alpha_pattern: str = ''
+  layers_to_transform: str = ''
+  init_from: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSection:
+  """The rows.
+
+  Attributes:
+    path: .json or .jsonl file (also .gz), or a hub id.
+    template: how a row becomes a prompt and what is learned.
+    eval_path: held-out rows; '' takes eval.rows rows out of `path`.
+    max_length: longest row in tokens.
+    truncation: a longer row is dropped, has its prompt cut on the left, or is
+      an error. What is learned is never cut.
+    on_bad_row: a row that does not fit the template is an error or skipped.
+  """
+
+  path: str = ''
+  template: str = _key(
+    'alpaca',
+    choices=('alpaca', 'uno_reverse', 'prompt_completion', 'text', 'tokens'),
+  )
+  eval_path: str = ''
+  max_length: int = _key(512, at_least=2)
+  truncation: str = _key('drop', choices=('drop', 'left', 'error'))
+  on_bad_row: str = _key('error', choices=('error', 'skip'))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSection:
+  """Optimisation: AdamW on the factors.
+
+  Attributes:
+    steps: optimizer steps.
+    batch_size: rows of a micro-batch, over all devices.
+    grad_accum: micro-batches of a step.
+    learning_rate: the peak.
+    schedule: what follows the warm-up.
+    warmup_steps: steps of linear rise from 0.
+    weight_decay: decoupled decay of the factors.
+    beta1: Adam's.
+    beta2: Adam's.
+    epsilon: Adam's.
+    clip_norm: largest norm of the gradient; 0 for no clipping.
+    seed: of factors, dropout and data order.
+    log_every: steps between two progress lines.
+  """
+
+  steps: int = _key(1000, at_least=1)
+  batch_size: int = _key(8, at_least=1)
+  grad_accum: int = _key(1, at_least=1)
+  learning_rate: float = _key(2e-4, at_least=0)
+  schedule: str = _key('cosine', choices=('constant', 'linear', 'cosine'))
+  warmup_steps: int = _key(0, at_least=0)
+  weight_decay: float = _key(0.0, at_least=0)
+  beta1: float = _key(0.9, at_least=0, below=1)
+  beta2: float = _key(0.999, at_least=0, below=1)
+  epsilon: float = _key(1e-8, at_least=0)
+  clip_norm: float = _key(1.0, at_least=0)
+  seed: int = _key(0, at_least=0)
+  log_every: int = _key(10, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshSection:
+  """Sizes of the mesh axes; one of them may be -1 for what is left.
+
+  Attributes:
+    data: copies of the model, each with its rows.
+    fsdp: parts that the weights are cut into, each with its rows.
+    tensor: parts that heads and the MLP are cut into.
+  """
+
+  data: int = _key(1, at_least=-1)
+  fsdp: int = _key(-1, at_least=-1)
+  tensor: int = _key(1, at_least=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSection:
+  """Checkpoints of adapters and optimizer.
+
+  Attributes:
+    every: steps between two; the last step has one in any case.
+    keep: how many stay on disk.
+  """
+
+  every: int = _key(200, at_least=1)
+  keep: int = _key(2, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSection:
+  """Loss on held-out rows.
+
+  Attributes:
+    every: steps between two evaluations; before the first and after the last
+      step there is one in any case.
+    rows: rows held out of data.path (at most a tenth); 0 for none.
+  """
+
+  every: int = _key(100, at_least=1)
+  rows: int = _key(64, at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """A run.
+
+  Attributes:
+    model: the base model.
+    method: what is trained.
+    lora: the adapters.
+    data: the rows.
+    train: optimisation.
+    mesh: devices.
+    checkpoint: checkpoints.
+    eval: held-out loss.
+    run_dir: where everything that the run makes goes; made where absent.
+  """
+
+  model: ModelSection = dataclasses.field(default_factory=ModelSection)
+  method: str = _key('lora', choices=('lora',))
+  lora: LoraSection = dataclasses.field(default_factory=LoraSection)
+  data: DataSection = dataclasses.field(default_factory=DataSection)
+  train: TrainSection = dataclasses.field(default_factory=TrainSection)
+  mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
+  checkpoint: CheckpointSection = dataclasses.field(
+    default_factory=CheckpointSection
+  )
+  eval: EvalSection = dataclasses.field(default_factory=EvalSection)
+  run_dir: str = 'runs/lora'
+
+
+def defaults() -> dict[str, Any]:
+  """Every key with its default, nested by section."""
+  return to_mapping(TrainConfig())
+
+
+def to_mapping(cfg: TrainConfig) -> dict[str, Any]:
+  """The configuration as nested plain dicts, ready for JSON."""
+  return dataclasses.asdict(cfg)
+
+
+def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
+  """A checked configuration from nested mappings.
+
+  Keys left out, and keys that are None, take their defaults.
+
+  Raises:
+    ConfigError: lists all unknown keys, wrong types, values out of range and
+      required keys that are empty, at once.
+  """
+  problems: list[str] = []
+  cfg = _build(TrainConfig, mapping, '', problems)
+  problems += [
+    f'{key} is required'
+    for key, value in {
+      'model.path': cfg.model.path,
+      'data.path': cfg.data.path,
+      'run_dir': cfg.run_dir,
+    }.items()
+    if not value
+  ]
+  if not problems:
+    try:
+      lora_spec(cfg.lora)
+    except ValueError as error:
+      problems.append(f'lora: {error}')
+  if problems:
+    raise ConfigError('config: ' + '; '.join(problems))
+  return cfg
+
+
+def lora_spec(section: LoraSection) -> LoraSpec:
+  """The section as the library's LoraSpec.
+
+  Raises:
+    ValueError: what is wrong with it.
+  """
+  return LoraSpec(
+    targets=section.targets,
+    rank=section.rank,
+    alpha=section.alpha,
+    dropout=section.dropout,
+    variant=section.variant,
+    exclude=section.exclude,
+    rank_pattern=_pattern(section.rank_pattern, int),
+    alpha_pattern=_pattern(section.alpha_pattern, float),
+    layers_to_transform=_layers(section.layers_to_transform),
+  )
+
+
+def _layers(text: str) -> tuple[int, ...]:
+  """'0, 2' -> (0, 2)."""
+  indices = [i.strip() for i in text.split(',') if i.strip()]
+  if not all(i.isdecimal() for i in indices):
+    raise ValueError(
+      f'layers_to_transform {text!r} is not layer indices such as 0,1,2'
+    )
+  return tuple(map(int, indices))
+
+
+def _pattern(text: str, number: type) -> dict[str, Any]:
+  """'down_proj=16,layers.0.*=4' -> {'down_proj': 16, 'layers.0.*': 4}."""
+  pattern = {}
+  for entry in filter(None, (e.strip() for e in text.split(','))):
+    key, equals, value = entry.rpartition('=')
+    try:
+      pattern[key.strip()] = number(value)
+    except ValueError:
+      equals = ''
+    if not (equals and key.strip() and math.isfinite(pattern[key.strip()])):
+      raise ValueError(f'{entry!r} is not REGEX={number.__name__}')
+  return pattern
+
+
+def _build(cls: type, mapping: Any, where: str, problems: list[str]) -> Any:
+  """One section; what is wrong is added to `problems`."""
+  if not isinstance(mapping, Mapping):
+    name = where.rstrip('.') or 'the whole of it'
+    problems.append(f'{name} is {mapping!r}, not a section of keys')
+    return cls()
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  types = typing.get_type_hints(cls)
+  values = {}
+  for key, value in mapping.items():
+    if key not in fields:
+      near = difflib.get_close_matches(str(key), fields, 1)
+      hint = f', did you mean {where}{near[0]}?' if near else ''
+      problems.append(f'{where}{key} is no key{hint}')
+    elif value is None:
+      continue
+    elif dataclasses.is_dataclass(types[key]):
+      values[key] = _build(types[key], value, f'{where}{key}.', problems)
+    else:
+      values[key] = _value(
+        value, types[key], fields[key].metadata, f'{where}{key}', problems
+      )
+  return cls(**values)
+
+
+def _value(
+  value: Any,
+  kind: type,
+  metadata: Mapping[str, Any],
+  where: str,
+  problems: list[str],
+) -> Any:
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  choices = metadata.get(_CHOICES)
+  at_least, below = metadata.get(_AT_LEAST), metadata.get(_BELOW)
+  if type(value) is not kind:
+    problems.append(
+      f'{where} is {value!r}, a {type(value).__name__}, not a {kind.__name__}'
+    )
+  elif choices and value not in choices:
+    near = difflib.get_close_matches(str(value), choices, 1)
+    hint = f' (did you mean {near[0]}?)' if near else ''
+    problems.append(f'{where} is {value!r}, none of {", ".join(choices)}{hint}')
+  elif kind is float and not math.isfinite(value):
+    problems.append(f'{where} is {value}, not a finite number')
+  elif at_least is not None and value < at_least:
+    problems.append(f'{where} is {value}, below {at_least}')
+  elif below is not None and value >= below:
+    problems.append(f'{where} is {value}, not below {below}')
+  return value

@@ -1,0 +1,26 @@
+"""LoRA as pure functions over pytrees (Hu et al. 2021). Needs jax alone.
+
+from lorax_train import lora
+
+frozen, trainable = lora.split(key, params, lora.LoraSpec('q_proj', rank=8))
+grads = jax.grad(lambda t: loss(lora.bind(frozen, t), batch))(trainable)
+merged = lora.merge(frozen, trainable)
+"""
+
+from lorax_train.lora.spec import LoraSpec, Placement, resolve
+from lorax_train.lora.split import bind, count, merge, path_of, split
+from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
+
+__all__ = [
+  'Adapter',
+  'Fixed',
+  'LoraSpec',
+  'LoraWeight',
+  'Placement',
+  'bind',
+  'count',
+  'merge',
+  'path_of',
+  'resolve',
+  'split',
+]

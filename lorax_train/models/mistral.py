@@ -1,0 +1,243 @@
+"""Mistral, and Llama, which is the same decoder without a window.
+
+After Jiang et al. 2023 (arXiv 2310.06825) and Touvron et al. 2023, with the
+numerics of transformers' `MistralForCausalLM`: norms, rotary angles, softmax
+and logits in float32, the rest in the compute dtype.
+
+Modules own parameters and call plain functions. They know weights only
+through `x @ w`, `w[ids]` and `w.T` (ops.py), never what lies behind them.
+
+Axis letters: B batch, T query time, S key time, D model, N heads, K kv heads,
+H head dim, F mlp, V vocab, L layers.
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_train.models import ops
+from lorax_train.models import params as params_lib
+from lorax_train.models.params import DecoderConfig, RopeScaling
+from lorax_train.parallel import constrain
+
+Array = Any
+REMAT_POLICIES = ('none', 'dots', 'full')
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions and a sliding window."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, rope_BTH: Array, mask_BS: Array | None
+  ) -> Array:
+    """[B, T, D] -> [B, T, D]."""
+    cfg = self.cfg
+    w_q, w_k, w_v, w_o = (
+      weight(self, cfg, name)
+      for name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+    )
+    q_BTNH = _heads(ops.dot(x_BTD, w_q), cfg.heads, 'heads')
+    k_BSKH = _heads(ops.dot(x_BTD, w_k), cfg.kv_heads, 'kv_heads')
+    v_BSKH = _heads(ops.dot(x_BTD, w_v), cfg.kv_heads, 'kv_heads')
+    q_BTNH, k_BSKH = rotate(q_BTNH, rope_BTH), rotate(k_BSKH, rope_BTH)
+    out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask_BS)
+    out_BTE = out_BTNH.reshape(*x_BTD.shape[:2], cfg.heads * cfg.head_dim)
+    return ops.dot(out_BTE, w_o)
+
+
+class Mlp(nn.Module):
+  """down(silu(gate(x)) * up(x))."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    """[B, T, D] -> [B, T, D]."""
+    w_gate, w_up, w_down = (
+      weight(self, self.cfg, name)
+      for name in ('gate_proj', 'up_proj', 'down_proj')
+    )
+    gate_BTF, up_BTF = ops.dot(x_BTD, w_gate), ops.dot(x_BTD, w_up)
+    h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', None, 'mlp')
+    return ops.dot(h_BTF, w_down)
+
+
+class Block(nn.Module):
+  """One layer: attention and MLP, each behind a norm and around a residual."""
+
+  cfg: DecoderConfig
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: Array, rope_BTH: Array, mask_BS: Array | None
+  ) -> tuple[Array, None]:
+    """The carry of the layer scan, and nothing stacked."""
+    cfg = self.cfg
+    norm = functools.partial(rms_norm, eps=cfg.norm_eps)
+    h_BTD = norm(x_BTD, weight(self, cfg, 'input_layernorm'))
+    x_BTD = x_BTD + Attention(cfg, name='self_attn')(h_BTD, rope_BTH, mask_BS)
+    h_BTD = norm(x_BTD, weight(self, cfg, 'post_attention_layernorm'))
+    x_BTD = x_BTD + Mlp(cfg, name='mlp')(h_BTD)
+    return constrain(x_BTD, 'batch', None, None), None
+
+
+class Decoder(nn.Module):
+  """Token ids to logits.
+
+  Attributes:
+    cfg: sizes and constants.
+    dtype: compute dtype of the layers.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
+      products with weights) or 'full' (whole layers).
+  """
+
+  cfg: DecoderConfig
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+
+  @nn.compact
+  def __call__(
+    self,
+    ids_BT: Array,
+    positions_BT: Array | None = None,
+    mask_BS: Array | None = None,
+  ) -> Array:
+    """Logits [B, T, V] in float32.
+
+    Args:
+      ids_BT: token ids, int32, each below V.
+      positions_BT: rotary positions; None counts from 0 in each row.
+      mask_BS: False where a token may not be attended to (padding); None
+        where that cannot happen: padding on the right needs no mask.
+    """
+    cfg = self.cfg
+    if positions_BT is None:
+      positions_BT = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)[None]
+    w_embed = weight(self, cfg, 'embed_tokens')
+    x_BTD = ops.lookup(w_embed, ids_BT, self.dtype)
+    x_BTD = constrain(x_BTD, 'batch', None, None)
+    layers = nn.scan(
+      remat_block(self.remat),
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(nn.broadcast, nn.broadcast),
+      length=cfg.layers,
+    )
+    rope_BTH = rope_angles(cfg, positions_BT)
+    x_BTD, _ = layers(cfg, name='layers')(x_BTD, rope_BTH, mask_BS)
+    x_BTD = rms_norm(x_BTD, weight(self, cfg, 'norm'), cfg.norm_eps)
+    w_head = w_embed.T if cfg.tied else weight(self, cfg, 'lm_head')
+    logits_BTV = ops.dot(x_BTD, w_head, jnp.float32)
+    return constrain(logits_BTV, 'batch', None, 'vocab')
+
+
+def remat_block(policy: str) -> type[nn.Module]:
+  """Block, or Block recomputed in the backward pass."""
+  if policy == 'none':
+    return Block
+  saved = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+  }[policy]
+  # prevent_cse is for code outside a scan; within, it only costs speed.
+  return nn.remat(Block, policy=saved, prevent_cse=False)
+
+
+def weight(module: nn.Module, cfg: DecoderConfig, name: str) -> Array:
+  """The module's own weight, as whatever kind of weight it is.
+
+  `self.param` would compare shapes and refuse a weight that is not an array,
+  so it is used to initialise only. Shapes come from the PARAMS table.
+  """
+  if not module.is_initializing():
+    return module.get_variable('params', name)
+  path = '/'.join((*module.path, name))
+  row = next(p for p in params_lib.table(cfg) if p.path == path)
+  shape = params_lib.shape(cfg, row)[1 if row.stacked else 0 :]
+  init = (
+    nn.initializers.ones
+    if row.axes[-1] == 'norm'
+    else nn.initializers.normal(cfg.init_std)
+  )
+  return module.param(name, init, shape, jnp.float32)
+
+
+def rms_norm(x_BTD: Array, w_D: Array, eps: float) -> Array:
+  """x / rms(x) * w over the last axis, in float32 inside (arXiv 1910.07467)."""
+  x32 = x_BTD.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+  normed_BTD = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x_BTD.dtype)
+  return w_D.astype(x_BTD.dtype)[None, None] * normed_BTD
+
+
+def attention(
+  q_BTNH: Array,
+  k_BSKH: Array,
+  v_BSKH: Array,
+  window: int | None,
+  mask_BS: Array | None,
+) -> Array:
+  """Causal softmax attention -> [B, T, N, H]; K divides N.
+
+  Query t sees keys s with t - window < s <= t; scores scaled by 1/sqrt(H).
+  """
+  mask = None if mask_BS is None else mask_BS[:, None, None, :]
+  # jax's own code promotes bfloat16 to float32 here, also where the caller
+  # has asked for strict dtypes.
+  with jax.numpy_dtype_promotion('standard'):
+    return jax.nn.dot_product_attention(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      mask=mask,
+      scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
+      is_causal=True,
+      local_window_size=None if window is None else (window - 1, 0),
+    )
+
+
+def rope_angles(cfg: DecoderConfig, positions_BT: Array) -> Array:
+  """Rotary angles [B, T, H/2] in float32 (Su et al. 2021)."""
+  inv_freq = jnp.asarray(rope_frequencies(cfg), jnp.float32)
+  return jnp.multiply.outer(positions_BT.astype(jnp.float32), inv_freq)
+
+
+def rope_frequencies(cfg: DecoderConfig) -> np.ndarray:
+  """Radians a position of each pair of components, [H/2] float64."""
+  exponents = np.arange(0, cfg.head_dim, 2) / cfg.head_dim
+  return _stretched(1.0 / cfg.rope_theta**exponents, cfg.rope_scaling)
+
+
+def _stretched(freq: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
+  if scaling is None:
+    return freq
+  if scaling.kind == 'linear':
+    return freq / scaling.factor
+  # Llama 3.1: by wavelength, with a linear ramp in between.
+  turns = scaling.original_max_positions * freq / (2 * math.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return kept * freq + (1 - kept) * freq / scaling.factor
+
+
+def rotate(x_BTNH: Array, rope_BTH: Array) -> Array:
+  """Turns each pair (i, i + H/2) of components by its angle, as HF does."""
+  cos, sin = jnp.cos(rope_BTH)[:, :, None], jnp.sin(rope_BTH)[:, :, None]
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate(
+    (first * cos - second * sin, second * cos + first * sin), axis=-1
+  )
+  return turned.astype(x_BTNH.dtype)
+
+
+def _heads(x_BTE: Array, heads: int, axis: str) -> Array:
+  x = x_BTE.reshape(*x_BTE.shape[:2], heads, -1)
+  return constrain(x, 'batch', None, axis, None)

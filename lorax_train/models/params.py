@@ -1,0 +1,193 @@
+"""What a decoder is made of: its sizes, and one row for each parameter.
+
+Everything about a parameter stands in its row: where it lives in our tree,
+its logical axes (which give shape and sharding), and its Hugging Face name.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched past the trained length.
+
+  Attributes:
+    kind: 'linear' (all by `factor`) or 'llama3' (Llama 3.1: long wavelengths
+      by `factor`, short ones kept, in between interpolated).
+    factor: how many times longer.
+    low_freq_factor: llama3: wavelengths above original / low are stretched.
+    high_freq_factor: llama3: wavelengths below original / high are kept.
+    original_max_positions: llama3: length of the original training, tokens.
+  """
+
+  kind: str
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes and constants of a Mistral or Llama decoder.
+
+  Attributes:
+    vocab: V, rows of the embedding.
+    hidden: D.
+    layers: L.
+    heads: N, query heads.
+    kv_heads: K, key and value heads; divides N.
+    head_dim: H; N * H may differ from D.
+    mlp: F, inner width of the gated MLP.
+    norm_eps: epsilon of RMSNorm.
+    rope_theta: base of the rotary frequencies.
+    rope_scaling: None for plain RoPE.
+    window: a query sees itself and the window - 1 tokens before; None: all.
+    tied: the output head is the embedding, transposed.
+    init_std: standard deviation of random initial weights.
+  """
+
+  vocab: int
+  hidden: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp: int
+  norm_eps: float = 1e-5
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  window: int | None = None
+  tied: bool = False
+  init_std: float = 0.02
+
+
+class Param(NamedTuple):
+  """One parameter.
+
+  Attributes:
+    path: place in our tree, 'layers/self_attn/q_proj'.
+    axes: logical axes in our order; 'layers' in front for a stack.
+    hf: Hugging Face name, `{}` standing for the layer index.
+    linear: Hugging Face stores it (out, in), we [in, out]; may be adapted.
+  """
+
+  path: str
+  axes: tuple[str, ...]
+  hf: str
+  linear: bool = False
+
+  @property
+  def stacked(self) -> bool:
+    """One array for all layers."""
+    return self.axes[0] == 'layers'
+
+
+def _layer(name: str, *axes: str) -> Param:
+  return Param(
+    f'layers/{name.replace(".", "/")}',
+    ('layers', *axes),
+    f'model.layers.{{}}.{name}.weight',
+    linear=len(axes) == 2,
+  )
+
+
+MISTRAL_PARAMS = (
+  Param('embed_tokens', ('vocab', 'embed'), 'model.embed_tokens.weight'),
+  _layer('input_layernorm', 'norm'),
+  _layer('self_attn.q_proj', 'embed', 'heads'),
+  _layer('self_attn.k_proj', 'embed', 'kv_heads'),
+  _layer('self_attn.v_proj', 'embed', 'kv_heads'),
+  _layer('self_attn.o_proj', 'heads', 'embed'),
+  _layer('post_attention_layernorm', 'norm'),
+  _layer('mlp.gate_proj', 'embed', 'mlp'),
+  _layer('mlp.up_proj', 'embed', 'mlp'),
+  _layer('mlp.down_proj', 'mlp', 'embed'),
+  Param('norm', ('norm',), 'model.norm.weight'),
+  Param('lm_head', ('embed', 'vocab'), 'lm_head.weight', linear=True),
+)
+
+
+def table(cfg: DecoderConfig) -> tuple[Param, ...]:
+  """The rows that a model of this configuration has."""
+  return tuple(p for p in MISTRAL_PARAMS if not (cfg.tied and p.path == 'lm_head'))  # fmt: skip
+
+
+def axis_size(cfg: DecoderConfig, axis: str) -> int:
+  """Length of a logical axis."""
+  return _units(cfg, axis) * _unit(cfg, axis)
+
+
+def shape(cfg: DecoderConfig, param: Param) -> tuple[int, ...]:
+  """Shape of a parameter, the stack axis included."""
+  return tuple(axis_size(cfg, axis) for axis in param.axes)
+
+
+def axis_units(cfg: DecoderConfig, param: Param) -> tuple[int, ...]:
+  """Into how many parts each axis may be cut: heads are never split."""
+  return tuple(_units(cfg, axis) for axis in param.axes)
+
+
+def _units(cfg: DecoderConfig, axis: str) -> int:
+  return {
+    'vocab': cfg.vocab,
+    'embed': cfg.hidden,
+    'norm': cfg.hidden,
+    'heads': cfg.heads,
+    'kv_heads': cfg.kv_heads,
+    'mlp': cfg.mlp,
+    'layers': cfg.layers,
+  }[axis]
+
+
+def _unit(cfg: DecoderConfig, axis: str) -> int:
+  return cfg.head_dim if axis in ('heads', 'kv_heads') else 1
+
+
+def nest(by_path: Mapping[str, Any]) -> dict:
+  """{'a/b': x} -> {'a': {'b': x}}."""
+  tree: dict = {}
+  for path, value in by_path.items():
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = value
+  return tree
+
+
+def abstract(cfg: DecoderConfig, dtype: Any) -> dict:
+  """The whole tree of parameters as shapes; allocates nothing."""
+  return nest(
+    {p.path: jax.ShapeDtypeStruct(shape(cfg, p), dtype) for p in table(cfg)}
+  )
+
+
+def module_names(cfg: DecoderConfig) -> dict[str, tuple[str, ...]]:
+  """{path: Hugging Face module name of each stack index} of all linears.
+
+  >>> cfg = DecoderConfig(8, 4, 2, 1, 1, 4, 4)
+  >>> module_names(cfg)['layers/self_attn/q_proj'][1]
+  'model.layers.1.self_attn.q_proj'
+  """
+  return {
+    p.path: tuple(n.removesuffix('.weight') for n in hf_names(cfg, p))
+    for p in table(cfg)
+    if p.linear
+  }
+
+
+def hf_names(cfg: DecoderConfig, param: Param) -> tuple[str, ...]:
+  """The tensors that a parameter is read from, in stack order."""
+  layers = range(cfg.layers if param.stacked else 1)
+  return tuple(param.hf.format(i) for i in layers)
+
+
+def total(cfg: DecoderConfig) -> int:
+  """Number of parameters of the base model."""
+  return sum(math.prod(shape(cfg, p)) for p in table(cfg))

@@ -1,0 +1,140 @@
+"""Where arrays live: the mesh, and one table from logical to mesh axes.
+
+Mesh axes: `data` (batch only), `fsdp` (batch, and the embed axis of weights),
+`tensor` (heads, mlp, vocab). The adapters' shardings are those of the weight
+they belong to, with the rank axis whole.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorax_train.lora import Adapter, Fixed
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
+  'batch': ('data', 'fsdp'),
+  'embed': 'fsdp',
+  'heads': 'tensor',
+  'kv_heads': 'tensor',
+  'mlp': 'tensor',
+  'vocab': 'tensor',
+  'norm': None,
+  'layers': None,
+}
+
+
+def make_mesh(
+  data: int = 1,
+  fsdp: int = -1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh (data, fsdp, tensor) over all the devices given.
+
+  Args:
+    data: size of the axis; -1, for one axis, takes what the others leave.
+    fsdp: likewise.
+    tensor: likewise.
+    devices: all of jax.devices() by default.
+
+  Raises:
+    ValueError: sizes that don't multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = [data, fsdp, tensor]
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) == 1 and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if min(sizes) < 1 or math.prod(sizes) != len(devices):
+    raise ValueError(
+      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover'
+      f' {len(devices)} device(s): the sizes must multiply to that number, and'
+      ' one of them may be -1 for the rest'
+    )
+  return jax.make_mesh(
+    sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+  )
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Says where an activation lives, by logical axes; outside a mesh, x.
+
+  An axis of x that its mesh axes don't divide stays whole.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  spec = _spec(mesh, axes, x.shape)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def sharding(
+  mesh: Mesh, axes: Sequence[str | None], units: Sequence[int]
+) -> NamedSharding:
+  """Where a parameter lives.
+
+  Args:
+    mesh: the mesh.
+    axes: logical axes.
+    units: into how many parts each axis may be cut; an axis whose units the
+      mesh axis does not divide stays whole on each device.
+  """
+  return NamedSharding(mesh, _spec(mesh, axes, units))
+
+
+def adapter_sharding(w: NamedSharding, ndim: int) -> Adapter:
+  """Shardings of A [*stack, R, in] and B [*stack, R, out] from W's."""
+  spec = tuple(w.spec) + (None,) * (ndim - len(w.spec))
+  *stack, n_in, n_out = spec
+  return Adapter(
+    NamedSharding(w.mesh, P(*stack, None, n_in)),
+    NamedSharding(w.mesh, P(*stack, None, n_out)),
+  )
+
+
+def trainable_shardings(frozen: Any, trainable: Any, mesh: Mesh) -> Any:
+  """The trainable tree with a sharding in each leaf's place.
+
+  Reads where the frozen weights lie, so it follows them whatever rule put
+  them there.
+  """
+
+  def of(fixed, adapter):
+    if adapter is None:
+      return None
+    return adapter_sharding(fixed.w.sharding, len(fixed.w.shape))
+
+  return jax.tree.map(
+    of, frozen, trainable, is_leaf=lambda x: isinstance(x, Fixed)
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on each device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+  """Rows of a batch, which stand on `axis`, over data and fsdp."""
+  return NamedSharding(mesh, P(*(None,) * axis, AXIS_RULES['batch']))
+
+
+def batch_ways(mesh: Mesh) -> int:
+  """Into how many parts a batch is cut."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def _spec(mesh: Any, axes: Sequence[str | None], units: Sequence[int]) -> P:
+  parts: list[str | tuple[str, ...] | None] = []
+  for axis, n in zip(axes, units, strict=True):
+    rule = None if axis is None else AXIS_RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    ways = math.prod(mesh.shape[name] for name in names)
+    parts.append(rule if n % ways == 0 else None)
+  return P(*parts)

@@ -1,0 +1,195 @@
+"""Checkpoints that are whole or absent.
+
+    checkpoints/<step>/state/          orbax: step, trainable, opt_state
+    checkpoints/<step>/leaves.json     dtype and shape of every leaf of it
+    checkpoints/<step>/MANIFEST.json   size and sha256 of every file
+
+Orbax restores flipped bits without a word, and calls steps saved whose bytes
+never reached the disk. So the manifest, written last and renamed into place,
+is the commit marker: a step without a valid one does not exist. Orbax also
+casts, and drops what a tree has no place for, without a word: hence the
+leaves. Keys are not stored: they follow from the seed, which a resumed run
+must share.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from lorax_train.errors import ResumeError, first_and_last, quiet
+
+MANIFEST = 'MANIFEST.json'
+LEAVES = 'leaves.json'
+STATE = 'state'
+_CORRUPT = '.corrupt'
+
+Tree = Any
+
+
+def save(root: Path, step: int, state: Tree, keep: int) -> None:
+  """Writes a step, verifies it is on disk, then prunes to `keep` steps.
+
+  Raises:
+    OSError: disk full, no rights; earlier steps are untouched.
+  """
+  target = root / str(step)
+  shutil.rmtree(target, ignore_errors=True)
+  target.mkdir(parents=True)
+  try:
+    _save_state(target / STATE, state)
+    write_atomically(target / LEAVES, json.dumps(_leaves(state), indent=2))
+    write_atomically(
+      target / MANIFEST,
+      json.dumps({'step': step, 'files': _digests(target)}, indent=2),
+    )
+  except BaseException:
+    shutil.rmtree(target, ignore_errors=True)
+    raise
+  for old in _steps(root)[:-keep]:
+    shutil.rmtree(root / str(old))
+
+
+def restore_latest(
+  root: Path, like: Tree, note: Callable[[str], None]
+) -> Tree | None:
+  """The newest valid step as a tree like `like`, or None if there is none.
+
+  Args:
+    root: the directory of steps; may be absent.
+    like: tree of ShapeDtypeStructs with shardings.
+    note: told, a line each, of what was found damaged and set aside.
+
+  Raises:
+    ResumeError: steps exist but none is valid, or it holds another tree.
+  """
+  _clear_unfinished(root, note)
+  steps = _steps(root)
+  for step in reversed(steps):
+    problem = _problem(root / str(step))
+    if problem is None:
+      return _restore(root / str(step), like)
+    aside = root / f'{step}{_CORRUPT}'
+    shutil.rmtree(aside, ignore_errors=True)
+    (root / str(step)).rename(aside)
+    note(f'checkpoint {step} is damaged ({problem}); set aside as {aside.name}')
+  if steps or any(root.glob(f'*{_CORRUPT}')):
+    raise ResumeError(
+      f'{root}: no valid checkpoint left: give another run_dir to start again,'
+      ' or put a good step back'
+    )
+  return None
+
+
+def latest_step(root: Path) -> int | None:
+  """The newest step with a manifest; whether its bytes are good is not asked."""
+  steps = _steps(root)
+  return steps[-1] if steps else None
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a text file so that it is there whole or not at all."""
+  temporary = path.with_name(path.name + '.tmp')
+  with open(temporary, 'w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def _save_state(directory: Path, state: Tree) -> None:
+  try:
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(directory, state)
+  except ValueError as error:  # what a full disk is to tensorstore
+    raise OSError(
+      f'{directory.parent}: checkpoint not written, earlier ones are untouched:'
+      f' make room and run again: {first_and_last(error)[-300:]}'
+    ) from error
+
+
+def _restore(directory: Path, like: Tree) -> Tree:
+  stored = json.loads((directory / LEAVES).read_text('utf-8'))
+  wanted = _leaves(like)
+  differ = [
+    f'{name} is {stored.get(name, "absent")}, not {wanted.get(name, "absent")}'
+    for name in {**stored, **wanted}
+    if stored.get(name) != wanted.get(name)
+  ]
+  if differ:
+    more = f' and {len(differ) - 3} more' if len(differ) > 3 else ''
+    raise ResumeError(
+      f'{directory}: holds another state than this configuration trains:'
+      f' {"; ".join(differ[:3])}{more}: give another run_dir to start again'
+    )
+  try:
+    with quiet(), ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(directory / STATE, like)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ResumeError(
+      f'{directory}: cannot be restored: give another run_dir to start again:'
+      f' {first_and_last(error)[-300:]}'
+    ) from error
+
+
+def _leaves(tree: Tree) -> dict[str, str]:
+  """{".trainable['w'].a": 'float32[2, 3]'}."""
+
+  def kind(x):
+    dtype = getattr(x, 'dtype', type(x).__name__)
+    return f'{dtype}{list(getattr(x, "shape", ()))}'
+
+  return {
+    jax.tree_util.keystr(path): kind(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _steps(root: Path) -> list[int]:
+  """Steps with a manifest, in order."""
+  return sorted(
+    int(path.parent.name)
+    for path in root.glob(f'*/{MANIFEST}')
+    if re.fullmatch(r'\d+', path.parent.name)
+  )
+
+
+def _clear_unfinished(root: Path, note: Callable[[str], None]) -> None:
+  """Removes steps that were cut off before their manifest."""
+  for path in root.glob('*'):
+    unfinished = re.fullmatch(r'\d+', path.name) and path.is_dir()
+    if unfinished and not (path / MANIFEST).exists():
+      note(f'checkpoint {path.name} was not finished; removed')
+      shutil.rmtree(path)
+
+
+def _problem(directory: Path) -> str | None:
+  """What is wrong with a step on disk, or None."""
+  try:
+    listed = json.loads((directory / MANIFEST).read_text('utf-8'))['files']
+    found = _digests(directory)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    return f'{MANIFEST}: {type(error).__name__}'
+  if listed == found:
+    return None
+  names = sorted(n for n in {*listed, *found} if listed.get(n) != found.get(n))
+  return f'{names[0]} is not as it was written'
+
+
+def _digests(directory: Path) -> dict[str, dict[str, Any]]:
+  """{relative name: size and sha256} of all files but the manifest."""
+  digests = {}
+  for path in sorted(directory.rglob('*')):
+    name = path.relative_to(directory).as_posix()
+    if path.is_file() and name != MANIFEST:
+      with open(path, 'rb') as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
+      digests[name] = {'size': path.stat().st_size, 'sha256': digest}
+  return digests

@@ -1,0 +1,68 @@
+"""The trained adapter on disk, complete and checked, or not there at all."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorax_train.config import TrainConfig
+from lorax_train.data.tokenize import Tokenizer
+from lorax_train.formats import peft
+from lorax_train.train import report
+from lorax_train.train.setup import Adapters
+
+Tree = Any
+
+
+def write_adapter(
+  directory: Path,
+  frozen: Tree,
+  trainable: Tree,
+  adapters: Adapters,
+  cfg: TrainConfig,
+  tokenizer: Tokenizer | None,
+  held_out: str,
+) -> None:
+  """Writes a PEFT adapter directory in one move, after reading it back.
+
+  Args:
+    directory: replaced where it exists.
+    frozen: from `lora.split`.
+    trainable: the factors.
+    adapters: names and spec of what is adapted.
+    cfg: the run, for the model card.
+    tokenizer: its files go beside the adapter.
+    held_out: the result, in words, for the model card.
+  """
+  building = directory.with_name(directory.name + '.tmp')
+  shutil.rmtree(building, ignore_errors=True)
+  peft.save_adapter(
+    building, frozen, trainable, adapters.names, adapters.spec, cfg.model.path
+  )
+  _check(building, frozen, trainable, adapters)
+  for file in tokenizer.files if tokenizer else ():
+    shutil.copyfile(file, building / file.name)
+  card = report.model_card(cfg, adapters.spec, held_out)
+  (building / 'README.md').write_text(card, 'utf-8')
+  shutil.rmtree(directory, ignore_errors=True)
+  building.rename(directory)
+
+
+def _check(
+  directory: Path, frozen: Tree, trainable: Tree, adapters: Adapters
+) -> None:
+  """What was written reads back as what was trained, bit for bit.
+
+  Raises:
+    OSError: it does not.
+    ModelError: it is not finite.
+  """
+  loaded = peft.load_adapter(directory)
+  again = peft.fill(loaded, frozen, trainable, adapters.names)
+  same = jax.tree.map(
+    lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), trainable, again
+  )
+  if not all(jax.tree.leaves(same)):
+    raise OSError(f'{directory}: the adapter does not read back as written')

@@ -1,0 +1,260 @@
+"""The run, top to bottom: data, model, adapters, resume, steps, export."""
+
+import contextlib
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_train import config as config_lib
+from lorax_train import parallel
+from lorax_train.config import TrainConfig
+from lorax_train.data import batches
+from lorax_train.errors import ConfigError, DivergedError, StoppedError
+from lorax_train.formats import hf, hf_config
+from lorax_train.train import checkpoint, export, optim, report, rundir, setup
+from lorax_train.train import step as step_lib
+from lorax_train.train.metrics import MetricsLog, Progress
+from lorax_train.train.setup import Rows
+from lorax_train.train.step import TrainState
+
+Tree = Any
+
+
+def run(cfg: TrainConfig) -> Path:
+  """Trains, and returns the directory of the PEFT adapter.
+
+  The same configuration again continues where the last run stopped; when it
+  is already done, nothing is computed.
+
+  Raises:
+    UserError: see `errors`; its exit_code is the process's.
+    OSError: the run directory can't be written.
+  """
+  run_dir = Path(cfg.run_dir).expanduser().absolute()
+  with rundir.locked(run_dir):
+    return _run_locked(cfg, run_dir)
+
+
+def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
+  say = functools.partial(print, flush=True)
+  mapping = config_lib.to_mapping(cfg)
+  steps, adapter_dir = cfg.train.steps, run_dir / 'adapter'
+
+  # --- configuration and rows before weights: cheap mistakes show first
+  model_dir = hf.find_model(cfg.model.path)
+  model_cfg = hf_config.read_config(model_dir)
+  adapters = setup.plan_adapters(cfg, model_cfg)
+  mesh = setup.make_mesh(cfg)
+  rows = setup.read_rows(cfg, model_dir, model_cfg)
+  rundir.check_same_run(run_dir, mapping, rows.fingerprint)
+  shapes, _ = setup.abstract(cfg, model_cfg, adapters)
+  say(report.banner(cfg, shapes, adapters.names, mesh,
+                    setup.rows_summary(rows), rows.length, run_dir))  # fmt: skip
+  done = checkpoint.latest_step(run_dir / 'checkpoints') or 0
+  if done > steps:
+    raise ConfigError(f'train.steps={steps}: {run_dir} is at step {done}')
+  if done == steps and adapter_dir.is_dir():
+    say(f'already done: {steps} steps, adapter in {adapter_dir}')
+    return adapter_dir
+  rundir.write_config(run_dir, mapping, rows.fingerprint)
+
+  with jax.set_mesh(mesh), _stop_requests() as stop:
+    # --- weights onto the mesh, factors beside them
+    began = time.monotonic()
+    param_dtype = jnp.dtype(cfg.model.param_dtype)
+    params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
+    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    say(f'loaded     {time.monotonic() - began:.1f} s')
+
+    # --- the state: fresh, or that of the newest valid checkpoint
+    tx = optim.make_optimizer(setup.optim_config(cfg))
+    state, shardings = setup.init_state(tx, frozen, trainable, mesh)
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      state,
+    )
+    found = checkpoint.restore_latest(run_dir / 'checkpoints', like, say)
+    if found is not None:
+      state = found
+      say(f'resumed    at step {int(state.step)}')
+
+    # --- the step: one shape, compiled once, ahead of the loop
+    began = time.monotonic()
+    apply = setup.make_apply(cfg, model_cfg)
+    step = jax.jit(
+      step_lib.make_train_step(apply, tx, setup.dropout_key(cfg, frozen)),
+      donate_argnums=0,
+      out_shardings=(shardings, parallel.replicated(mesh)),
+    )
+    batch, _ = rows.batch(cfg, mesh, 0)
+    train_step = step.lower(state, frozen, batch).compile()
+    evaluate = _make_evaluate(cfg, apply, frozen, rows, mesh)
+    say(f'compiled   {time.monotonic() - began:.1f} s')
+
+    state, held_out = _train(
+      cfg, run_dir, train_step, evaluate, state, frozen, rows, mesh, stop
+    )
+
+    # --- the adapter, read back before anything is called done
+    export.write_adapter(
+      adapter_dir,
+      frozen,
+      state.trainable,
+      adapters,
+      cfg,
+      rows.tokenizer,
+      held_out,
+    )
+  say(f'{held_out}\nadapter    {adapter_dir}')
+  return adapter_dir
+
+
+def _train(
+  cfg: TrainConfig,
+  run_dir: Path,
+  train_step: Callable[..., Any],
+  evaluate: Callable[[Tree], float | None],
+  state: TrainState,
+  frozen: Tree,
+  rows: Rows,
+  mesh: jax.sharding.Mesh,
+  stop: list[str],
+) -> tuple[TrainState, str]:
+  """Steps until the last one, or until asked to stop.
+
+  Returns:
+    The state, and what became of the held-out loss, in words.
+
+  Raises:
+    StoppedError: on SIGTERM or ctrl-C, with a checkpoint of where it was.
+    DivergedError: the loss is not finite.
+  """
+  steps, start = cfg.train.steps, int(state.step)
+  schedule = optim.make_schedule(setup.optim_config(cfg))
+  log, progress = MetricsLog(run_dir, start), Progress(start, steps)
+  pending: list[tuple[dict[str, jax.Array], int]] = []
+  began = time.monotonic()
+
+  def hold_out(at: int) -> None:
+    loss = evaluate(state.trainable)
+    if loss is not None:
+      log.write(at, eval_loss=loss)
+      progress.say(f'step {at}/{steps}  held-out loss {loss:.4f}')
+
+  with contextlib.closing(log):
+    if start == 0:
+      hold_out(0)
+    for at in range(start + 1, steps + 1):
+      if stop:
+        break
+      batch, tokens = rows.batch(cfg, mesh, at - 1)
+      state, metrics = train_step(state, frozen, batch)
+      pending.append((metrics, tokens))
+      last = at == steps or bool(stop)
+      save = last or at % cfg.checkpoint.every == 0
+      held_out = at == steps or at % cfg.eval.every == 0
+      if save or held_out or at % cfg.train.log_every == 0:
+        _flush(pending, at, began, schedule, log, progress)
+        if held_out:
+          hold_out(at)
+        if save:
+          log.sync()
+          checkpoint.save(
+            run_dir / 'checkpoints', at, state, cfg.checkpoint.keep
+          )
+        pending, began = [], time.monotonic()
+    if int(state.step) < steps:
+      raise StoppedError(
+        f'stopped by {stop[0]} at step {int(state.step)} of {steps}, nothing'
+        ' lost: run the same command again to continue'
+      )
+    return state, log.summary('eval_loss', 'held-out loss', 'no rows held out')
+
+
+def _flush(
+  pending: list[tuple[dict[str, jax.Array], int]],
+  at: int,
+  began: float,
+  schedule: Callable[[int], Any],
+  log: MetricsLog,
+  progress: Progress,
+) -> None:
+  """Fetches and logs the metrics of the steps since the last time."""
+  values = jax.device_get([metrics for metrics, _ in pending])
+  seconds = time.monotonic() - began
+  tps = sum(tokens for _, tokens in pending) / seconds
+  for i, v in enumerate(values, at - len(values)):
+    loss, norm = float(v['loss']), float(v['grad_norm'])
+    if not (np.isfinite(loss) and np.isfinite(norm)):
+      raise DivergedError(
+        f'step {i + 1}: loss {loss}, gradient norm {norm}: not finite; lower'
+        ' train.learning_rate, or look at the rows of this step; earlier'
+        ' checkpoints are untouched'
+      )
+    log.write(
+      i + 1,
+      loss=loss,
+      grad_norm=norm,
+      learning_rate=float(schedule(i)),
+      tokens_per_second=tps,
+    )
+  progress.report(at, loss, float(schedule(at - 1)), tps)
+
+
+def _make_evaluate(
+  cfg: TrainConfig,
+  apply: step_lib.Apply,
+  frozen: Tree,
+  rows: Rows,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Tree], float | None]:
+  """trainable -> mean loss a learned token over the held-out rows."""
+  eval_step = jax.jit(step_lib.make_eval_step(apply))
+  sharding = parallel.batch_sharding(mesh, axis=0)
+
+  def evaluate(trainable: Tree) -> float | None:
+    total, count = 0.0, 0
+    for batch in batches.eval_batches(
+      rows.eval_set,
+      rows.eval_rows,
+      cfg.train.batch_size,
+      rows.length,
+      rows.pad_id,
+    ):
+      micro = {name: batch[name] for name in ('ids', 'labels')}
+      loss, n = eval_step(trainable, frozen, jax.device_put(micro, sharding))
+      total, count = total + float(loss), count + int(n)
+    return total / count if count else None
+
+  return evaluate
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[str]]:
+  """Collects SIGTERM and ctrl-C; a second one acts at once, as usual."""
+  asked: list[str] = []
+  if threading.current_thread() is not threading.main_thread():
+    yield asked  # only the main thread may set handlers
+    return
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def ask(number: int, _frame: Any) -> None:
+    asked.append(signal.Signals(number).name)
+    for s, handler in before.items():
+      signal.signal(s, handler)
+
+  for s in before:
+    signal.signal(s, ask)
+  try:
+    yield asked
+  finally:
+    for s, handler in before.items():
+      signal.signal(s, handler)

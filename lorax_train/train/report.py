@@ -1,0 +1,102 @@
+"""What a run tells its user: the banner, and the adapter's model card."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lorax_train import lora
+from lorax_train.config import TrainConfig
+
+
+def banner(
+  cfg: TrainConfig,
+  frozen: Any,
+  names: Mapping[str, Sequence[str]],
+  mesh: jax.sharding.Mesh,
+  rows: str,
+  length: int,
+  run_dir: Path,
+) -> str:
+  """The facts of a run, a line each.
+
+  Args:
+    cfg: the run.
+    frozen: from `lora.split`; shapes suffice.
+    names: {path: module names}.
+    mesh: devices.
+    rows: summary of the data.
+    length: tokens of a row in a batch.
+    run_dir: where the run goes.
+  """
+  trainable, base = lora.count(frozen)
+  n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
+  axes = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
+  share = 100 * trainable / base
+  lines = {
+    'model': f'{cfg.model.path}, {base:,} parameters',
+    'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
+    'targets': targets(frozen, names),
+    'precision': (
+      f'compute {cfg.model.dtype}, frozen weights {cfg.model.param_dtype},'
+      ' adapters and optimizer float32'
+    ),
+    'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
+    'data': rows,
+    'batch': (
+      f'{n_micro} x {n_rows} rows of {length} tokens:'
+      f' {n_micro * n_rows * length:,} a step, padding included'
+    ),
+    'run_dir': str(run_dir),
+  }
+  return '\n'.join(f'{key:<10} {value}' for key, value in lines.items())
+
+
+def targets(frozen: Any, names: Mapping[str, Sequence[str]]) -> str:
+  """'q_proj x 32 (r 64), v_proj x 32 (r 64)': what was matched."""
+  parts = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    frozen, is_leaf=lambda x: isinstance(x, lora.Fixed)
+  ):
+    if not isinstance(leaf, lora.Fixed):
+      continue
+    ranks = [r for r in leaf.ranks if r]
+    low, high = min(ranks), max(ranks)
+    rank = f'{low}' if low == high else f'{low}-{high}'
+    module = names[lora.path_of(path)][0].rpartition('.')[2]
+    parts.append(f'{module} x {len(ranks)} (r {rank})')
+  return ', '.join(parts)
+
+
+def model_card(cfg: TrainConfig, spec: lora.LoraSpec, held_out: str) -> str:
+  """README.md of an adapter directory, with the hub's front matter."""
+  base = cfg.model.path
+  # The hub wants a repo id there; a path of this machine is nobody's business.
+  is_id = base.count('/') == 1 and not Path(base).expanduser().exists()
+  front = [f'base_model: {base}'] if is_id else []
+  lines = [
+    '---',
+    'library_name: peft',
+    'tags: [lora, lorax_train]',
+    *front,
+    '---',
+    '',
+    '# LoRA adapter',
+    '',
+    'Trained with lorax_train. Load it on its base model:',
+    '',
+    '```python',
+    'from peft import PeftModel',
+    'model = PeftModel.from_pretrained(base_model, "path/to/this")',
+    '```',
+    '',
+    f'- variant {spec.variant}, rank {spec.rank}, alpha {spec.alpha:g}, targets'
+    f' `{spec.targets}`',
+    f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
+    f' rows, template `{cfg.data.template}`, peak learning rate'
+    f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
+    f'- {held_out}',
+    '',
+  ]
+  return '\n'.join(lines)

@@ -1,0 +1,130 @@
+"""The run directory: one writer, one configuration.
+
+LOCK is held (flock) while a run writes, so that two runs never share a
+directory; the kernel drops it when a process dies, however it dies.
+"""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorax_train.errors import LockedError, ResumeError
+from lorax_train.train.checkpoint import write_atomically
+
+CONFIG = 'config.json'
+RUN = 'run.json'
+
+# What may change between two starts of a run: it touches neither the weights
+# nor which rows are trained on, and when.
+_FREE = ('checkpoint.', 'eval.every', 'mesh.', 'run_dir', 'train.log_every')
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+  """Makes the directory, and holds its lock.
+
+  Raises:
+    LockedError: another process holds it.
+    OSError: can't be written to.
+  """
+  try:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = open(run_dir / 'LOCK', 'a+', encoding='utf-8')  # noqa: SIM115
+  except OSError as error:
+    raise OSError(
+      f'run_dir {run_dir}: cannot be written to ({error.strerror}): give'
+      ' another run_dir'
+    ) from error
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise LockedError(
+        f'run_dir {run_dir}: in use by {file.read().strip() or "another run"};'
+        ' wait for it or give another run_dir'
+      ) from None
+    file.truncate(0)
+    file.write(f'pid {os.getpid()}\n')
+    file.flush()
+    yield
+
+
+def check_same_run(
+  run_dir: Path, mapping: Mapping[str, Any], data: str
+) -> None:
+  """Refuses to continue a run under another configuration or other data.
+
+  A run that never got to a checkpoint has nothing to continue: a corrected
+  configuration may start in its place.
+
+  Args:
+    run_dir: where config.json may be.
+    mapping: the configuration, nested.
+    data: fingerprint of the tokenised rows.
+
+  Raises:
+    ResumeError: shows each key with its old and new value.
+  """
+  begun = any(run_dir.glob('checkpoints/*')) or (run_dir / 'adapter').exists()
+  if not begun and not (run_dir / CONFIG).exists():
+    return
+  try:
+    before = flat(json.loads((run_dir / CONFIG).read_text('utf-8')))
+    data_before = json.loads((run_dir / RUN).read_text('utf-8'))['data']
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    raise ResumeError(
+      f'run_dir {run_dir}: its {CONFIG} or {RUN} is damaged or not of a run:'
+      ' give another run_dir to start again'
+    ) from None
+  now = flat(mapping)
+  changed = [
+    f'{key} was {before.get(key)!r}, is {now.get(key)!r}'
+    for key in sorted({*before, *now})
+    if before.get(key) != now.get(key) and not _may_change(key, now)
+  ]
+  if not changed and data_before != data:
+    changed = ['the rows of data.path are not the ones it was started with']
+  if changed and begun:
+    raise ResumeError(
+      f'run_dir {run_dir}: holds another run ({"; ".join(changed)}): set it'
+      ' back to continue, or give another run_dir'
+    )
+
+
+def write_config(run_dir: Path, mapping: Mapping[str, Any], data: str) -> None:
+  """Writes config.json (as resolved) and run.json (what it was run on)."""
+  ran = {'data': data, 'versions': versions()}
+  write_atomically(run_dir / RUN, json.dumps(ran, indent=2) + '\n')
+  write_atomically(run_dir / CONFIG, json.dumps(mapping, indent=2) + '\n')
+
+
+def versions() -> dict[str, str]:
+  """Versions of what computes."""
+  return {
+    name: importlib.metadata.version(name)
+    for name in ('lorax-train', 'jax', 'jaxlib', 'flax', 'optax')
+  }
+
+
+def flat(mapping: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  out: dict[str, Any] = {}
+  for key, value in mapping.items():
+    if isinstance(value, Mapping):
+      out.update(flat(value, f'{prefix}{key}.'))
+    else:
+      out[f'{prefix}{key}'] = value
+  return out
+
+
+def _may_change(key: str, now: Mapping[str, Any]) -> bool:
+  # With a constant rate the steps done don't depend on how many there are.
+  if key == 'train.steps':
+    return now['train.schedule'] == 'constant'
+  return key.startswith(_FREE)

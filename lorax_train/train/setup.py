@@ -1,0 +1,263 @@
+"""What a run needs before its first step: rows, adapters, mesh, state."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lorax_train import config as config_lib
+from lorax_train import lora, parallel
+from lorax_train.config import TrainConfig
+from lorax_train.data import batches, source, tokenize, tokenized
+from lorax_train.data.tokenize import Tokenizer
+from lorax_train.errors import ConfigError, ModelError
+from lorax_train.formats import peft
+from lorax_train.models import params as params_lib
+from lorax_train.models.mistral import Decoder
+from lorax_train.models.params import DecoderConfig
+from lorax_train.train import optim
+from lorax_train.train import step as step_lib
+from lorax_train.train.step import TrainState
+
+Tree = Any
+
+# Rows on which two tokenizer files of a model must agree before training.
+_PREFLIGHT_ROWS = 200
+
+
+class Rows(NamedTuple):
+  """Tokenised rows, and which of them are trained on and which held out."""
+
+  train_set: tokenized.TokenizedSet
+  train_rows: np.ndarray
+  eval_set: tokenized.TokenizedSet
+  eval_rows: np.ndarray
+  length: int
+  tokenizer: Tokenizer | None
+
+  @property
+  def fingerprint(self) -> str:
+    """Of all that the run reads."""
+    both = (self.train_set.fingerprint, self.eval_set.fingerprint)
+    return both[0] if both[0] == both[1] else '+'.join(both)
+
+  def batch(
+    self, cfg: TrainConfig, mesh: jax.sharding.Mesh, step: int
+  ) -> tuple[dict[str, jax.Array], int]:
+    """The batch of a step and its number of tokens, padding not counted.
+
+    Returns:
+      ids and labels [micro-batches, rows, tokens] on the mesh. No mask:
+      causal attention never looks at padding on the right.
+    """
+    n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
+    flat = batches.batch_at(
+      self.train_set,
+      self.train_rows,
+      step,
+      n_micro * n_rows,
+      cfg.train.seed,
+      self.length,
+      self.pad_id,
+    )
+    tokens = int(flat.pop('mask').sum())
+    sharding = parallel.batch_sharding(mesh, axis=1)
+    parts = {n: x.reshape(n_micro, n_rows, -1) for n, x in flat.items()}
+    return jax.device_put(parts, sharding), tokens
+
+  @property
+  def pad_id(self) -> int:
+    """What fills rows up; it is never attended to or learned."""
+    return self.tokenizer.pad_id if self.tokenizer else 0
+
+
+class Adapters(NamedTuple):
+  """What is adapted: names of the modules, the spec, its resolution."""
+
+  names: dict[str, tuple[str, ...]]
+  spec: lora.LoraSpec
+  placed: dict[str, lora.Placement]
+  loaded: peft.LoadedAdapter | None
+
+
+def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
+  """Resolves the targets, or takes those of the adapter to start from.
+
+  Raises:
+    ConfigError: targets that match nothing.
+    ModelError: lora.init_from does not fit.
+  """
+  names = params_lib.module_names(model_cfg)
+  if cfg.lora.init_from:
+    loaded = peft.load_adapter(Path(cfg.lora.init_from).expanduser())
+    return Adapters(names, loaded.spec, peft.placement(loaded, names), loaded)
+  spec = config_lib.lora_spec(cfg.lora)
+  flat = [name for of_stack in names.values() for name in of_stack]
+  try:
+    placed = lora.resolve(spec, flat)
+  except ValueError as error:
+    raise ConfigError(f'lora.targets: {error}') from None
+  return Adapters(names, spec, placed, None)
+
+
+def abstract(
+  cfg: TrainConfig, model_cfg: DecoderConfig, adapters: Adapters
+) -> tuple[Tree, Tree]:
+  """(frozen, trainable) as shapes: counts without weights."""
+  params = params_lib.abstract(model_cfg, jnp.dtype(cfg.model.param_dtype))
+  return jax.eval_shape(
+    lambda p: lora.split(jax.random.key(0), p, adapters.placed, adapters.names),
+    params,
+  )
+
+
+def make_apply(cfg: TrainConfig, model_cfg: DecoderConfig) -> step_lib.Apply:
+  """(params, ids) -> logits in the run's dtype and remat policy."""
+  model: Any = Decoder(model_cfg, jnp.dtype(cfg.model.dtype), cfg.model.remat)
+  return lambda params, ids: model.apply({'params': params}, ids)
+
+
+def read_rows(
+  cfg: TrainConfig, model_dir: Path, model_cfg: DecoderConfig
+) -> Rows:
+  """Reads, tokenises and splits the rows.
+
+  Raises:
+    DataError: bad rows, or none left.
+    ModelError: the tokenizer, or that it does not fit the embedding.
+  """
+  tokenizer = _tokenizer(cfg, model_dir, model_cfg)
+
+  def read(path: str) -> tokenized.TokenizedSet:
+    raw = source.read_rows(path)
+    texts = tokenized.rendered_texts(raw, cfg.data.template, _PREFLIGHT_ROWS)
+    tokenize.check_same_ids(model_dir, texts)
+    rows = tokenized.tokenize_rows(
+      raw,
+      cfg.data.template,
+      tokenizer,
+      cfg.data.max_length,
+      cfg.data.truncation,
+      cfg.data.on_bad_row,
+    )
+    tokenized.check_ids(rows, model_cfg.vocab)
+    return rows
+
+  train_set = read(cfg.data.path)
+  n_rows = len(train_set.ids)
+  if cfg.data.eval_path:
+    eval_set = read(cfg.data.eval_path)
+    train_rows, eval_rows = np.arange(n_rows), np.arange(len(eval_set.ids))
+  else:
+    eval_set = train_set
+    n_eval = min(cfg.eval.rows, n_rows // 10)
+    train_rows, eval_rows = batches.split_held_out(
+      n_rows, n_eval, cfg.train.seed
+    )
+  longest = max(
+    batches.row_length(s, cfg.data.max_length) for s in (train_set, eval_set)
+  )
+  return Rows(train_set, train_rows, eval_set, eval_rows, longest, tokenizer)
+
+
+def _tokenizer(
+  cfg: TrainConfig, model_dir: Path, model_cfg: DecoderConfig
+) -> Tokenizer | None:
+  """The model's tokenizer; rows of token ids can do without one."""
+  try:
+    tokenizer = tokenize.load_tokenizer(model_dir)
+  except ModelError:
+    if cfg.data.template == 'tokens':
+      return None
+    raise
+  tokenize.check_vocabulary(tokenizer, model_cfg.vocab)
+  return tokenizer
+
+
+def rows_summary(rows: Rows) -> str:
+  """What became of the rows, for the banner."""
+  text = rows.train_set.report.summary()
+  if rows.eval_set is not rows.train_set:
+    return f'{text}; {len(rows.eval_rows):,} held-out rows of their own'
+  return f'{text}; {len(rows.eval_rows):,} of them held out'
+
+
+def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
+  """The mesh of the configuration, which must be able to cut its batches.
+
+  Raises:
+    ConfigError: it does not fit the devices or the batch.
+  """
+  try:
+    mesh = parallel.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+  except ValueError as error:
+    raise ConfigError(str(error)) from None
+  ways = parallel.batch_ways(mesh)
+  if cfg.train.batch_size % ways:
+    raise ConfigError(
+      f'train.batch_size={cfg.train.batch_size}: the mesh cuts a batch into'
+      f' {ways} parts (data {mesh.shape["data"]} x fsdp'
+      f' {mesh.shape["fsdp"]}); give a multiple of {ways}'
+    )
+  return mesh
+
+
+def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
+  """What the optimizer needs of the configuration."""
+  names = optim.OptimConfig.__dataclass_fields__
+  return optim.OptimConfig(**{n: getattr(cfg.train, n) for n in names})
+
+
+def split(
+  cfg: TrainConfig,
+  params: Tree,
+  adapters: Adapters,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Tree, Tree]:
+  """Factors beside the weights, lying as the weights do."""
+  key = jax.random.key(cfg.train.seed)
+  frozen, trainable = lora.split(key, params, adapters.placed, adapters.names)
+  if adapters.loaded is not None:
+    trainable = peft.fill(adapters.loaded, frozen, trainable, adapters.names)
+  shardings = parallel.trainable_shardings(frozen, trainable, mesh)
+  return frozen, jax.device_put(trainable, shardings)
+
+
+def init_state(
+  tx: optax.GradientTransformation,
+  frozen: Tree,
+  trainable: Tree,
+  mesh: jax.sharding.Mesh,
+) -> tuple[TrainState, TrainState]:
+  """The state before the first step, and where each part of it lies."""
+  of_factors = parallel.trainable_shardings(frozen, trainable, mesh)
+  whole = parallel.replicated(mesh)
+  shapes = jax.eval_shape(functools.partial(step_lib.init_state, tx=tx), trainable)  # fmt: skip
+  shardings = TrainState(
+    whole,
+    of_factors,
+    optax.tree_utils.tree_map_params(
+      tx,
+      lambda _, sharding: sharding,
+      shapes.opt_state,
+      of_factors,
+      transform_non_params=lambda _: whole,
+    ),
+  )
+  init = jax.jit(
+    functools.partial(step_lib.init_state, tx=tx), out_shardings=shardings
+  )
+  return init(trainable), shardings
+
+
+def dropout_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:
+  """Root key of dropout, apart from the factors' own; None without it."""
+  is_fixed = lambda x: isinstance(x, lora.Fixed)  # noqa: E731
+  halves = filter(is_fixed, jax.tree.leaves(frozen, is_leaf=is_fixed))
+  if all(half.rate is None for half in halves):
+    return None
+  return jax.random.fold_in(jax.random.key(cfg.train.seed), 1)

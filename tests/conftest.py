@@ -1,0 +1,70 @@
+"""Fixtures of the whole suite: 8 CPU devices, tiny models, shared files."""
+
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before anything touches the backend: meshes are tested on simulated devices.
+jax.config.update('jax_platforms', 'cpu')
+jax.config.update('jax_num_cpu_devices', 8)
+
+GOLDEN = Path(__file__).parent / 'golden'
+SHARED = Path(__file__).parents[1].parent / 'shared'
+
+
+@pytest.fixture
+def strict():
+  """No silent promotion of dtypes or ranks in our own arithmetic."""
+  with (
+    jax.numpy_dtype_promotion('strict'),
+    jax.numpy_rank_promotion('raise'),
+  ):
+    yield
+
+
+@pytest.fixture
+def one_device():
+  """A mesh of one device, whatever the number simulated."""
+  from lorax_train import parallel
+
+  return parallel.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope='session')
+def golden():
+  """Files written by scripts/make_golden.py from transformers and PEFT."""
+  return GOLDEN
+
+
+@pytest.fixture(scope='session')
+def shared():
+  """Real weights and data, which lie beside the checkout and not in it."""
+  if not SHARED.is_dir():
+    pytest.skip('no ../shared: real weights and data are not part of the code')
+  return SHARED
+
+
+@pytest.fixture
+def tiny_model(tmp_path):
+  """A tiny random Mistral directory with a byte-level tokenizer."""
+  from tests.toys import write_model
+
+  return write_model(tmp_path / 'model')
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+  """40 rows in Alpaca's columns."""
+  rows = [
+    {
+      'instruction': f'Say the number {i}.',
+      'input': '' if i % 3 else f'in words, {i} times',
+      'output': f'The number is {i}, and that is {"x" * (i % 7)} all.',
+    }
+    for i in range(40)
+  ]
+  path = tmp_path / 'rows.json'
+  path.write_text(json.dumps(rows), 'utf-8')
+  return path

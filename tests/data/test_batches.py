@@ -1,0 +1,168 @@
+"""The order of the rows, and batches as arrays."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorax_train.data import batches
+from lorax_train.data.batches import (
+  batch_at,
+  eval_batches,
+  pad_batch,
+  row_length,
+  row_order,
+  rows_at,
+  split_held_out,
+)
+from lorax_train.data.source import Row
+from lorax_train.data.tokenize import tokenize_rows
+from lorax_train.errors import DataError
+
+_ = -100
+
+
+def tokenized(n):
+  """Row i is the ids i, i + 1 ..., of 2 to 4 tokens."""
+  return tokenize_rows(
+    [
+      Row({'input_ids': list(range(i, i + 2 + i % 3))}, f'a:{i}')
+      for i in range(n)
+    ],
+    'tokens',
+    None,
+    9,
+  )
+
+
+def test_order_never_changes():
+  """Written out once: a resumed run must meet it on any machine or numpy."""
+  assert row_order(8, seed=0, epoch=0).tolist() == [3, 7, 4, 2, 1, 6, 5, 0]
+  assert row_order(8, seed=0, epoch=1).tolist() == [1, 2, 4, 5, 3, 6, 7, 0]
+  assert row_order(8, seed=1, epoch=0).tolist() == [7, 1, 6, 3, 5, 0, 2, 4]
+  train, held_out = split_held_out(8, 3, seed=0)
+  assert (train.tolist(), held_out.tolist()) == ([1, 2, 4, 5, 6], [0, 3, 7])
+
+
+def test_order_does_not_depend_on_what_was_asked_before():
+  steps = list(range(30))
+  forward = [rows_at(step, 7, 4, seed=3).tolist() for step in steps]
+  batches._permutation.cache_clear()
+  backward = [rows_at(step, 7, 4, seed=3).tolist() for step in steps[::-1]]
+  assert forward == backward[::-1]
+
+
+@settings(deadline=None)
+@given(
+  n_rows=st.integers(1, 40),
+  global_batch=st.integers(1, 100),
+  seed=st.integers(0, 2**63),
+  first=st.integers(0, 1000),
+)
+def test_batches_are_the_epochs_cut_up(n_rows, global_batch, seed, first):
+  steps = range(first, first + 4)
+  got = np.concatenate([rows_at(s, n_rows, global_batch, seed) for s in steps])
+  begin, end = first * global_batch, (first + 4) * global_batch
+  epochs = range(begin // n_rows, -(-end // n_rows))
+  order = np.concatenate([row_order(n_rows, seed, e) for e in epochs])
+  offset = begin - epochs[0] * n_rows
+  np.testing.assert_array_equal(got, order[offset : offset + len(got)])
+  assert len(got) == 4 * global_batch
+
+
+@pytest.mark.parametrize('n_rows, global_batch', [(12, 4), (10, 4), (3, 8)])
+def test_no_row_is_lost_or_seen_twice_in_an_epoch(n_rows, global_batch):
+  seen = np.concatenate(
+    [rows_at(step, n_rows, global_batch, seed=5) for step in range(60)]
+  )
+  epochs = len(seen) // n_rows
+  for epoch in seen[: epochs * n_rows].reshape(epochs, n_rows):
+    assert sorted(epoch) == list(range(n_rows))
+
+
+def test_seeds_and_epochs_differ():
+  orders = [
+    row_order(50, seed, epoch).tolist()
+    for seed in range(4)
+    for epoch in range(4)
+  ]
+  assert len({tuple(order) for order in orders}) == 16
+
+
+def test_an_order_can_not_be_spoiled_by_its_reader():
+  with pytest.raises(ValueError, match='read-only'):
+    row_order(5, 0, 0)[0] = 1
+
+
+@pytest.mark.parametrize('n_rows, n_eval', [(10, 0), (10, 3), (10, 9), (1, 0)])
+def test_held_out_rows(n_rows, n_eval):
+  train, held_out = split_held_out(n_rows, n_eval, seed=1)
+  assert len(held_out) == n_eval
+  assert sorted([*train, *held_out]) == list(range(n_rows))
+  assert train.tolist() == sorted(train)
+  assert held_out.tolist() == sorted(held_out)
+
+
+@pytest.mark.parametrize('n_rows, n_eval', [(10, 10), (10, 11), (10, -1)])
+def test_too_many_held_out(n_rows, n_eval):
+  with pytest.raises(DataError, match=f'eval.rows={n_eval}: 10 rows can'):
+    split_held_out(n_rows, n_eval, seed=1)
+
+
+@pytest.mark.parametrize(
+  'max_length, multiple, expected',
+  [(512, 64, 64), (512, 2, 4), (512, 3, 6), (5, 64, 5), (4, 64, 4)],
+)
+def test_one_length_for_the_run(max_length, multiple, expected):
+  # the longest row has 4 tokens
+  assert row_length(tokenized(3), max_length, multiple) == expected
+
+
+def test_pad_batch():
+  batch = pad_batch(
+    [np.array([5, 6, 7]), np.array([8])],
+    [np.array([_, 6, 7]), np.array([8])],
+    length=4,
+    pad_id=9,
+  )
+  expected = {
+    'ids': np.array([[5, 6, 7, 9], [8, 9, 9, 9]], np.int32),
+    'labels': np.array([[_, 6, 7, _], [8, _, _, _]], np.int32),
+    'mask': np.array([[1, 1, 1, 0], [1, 0, 0, 0]], np.bool_),
+  }
+  assert batch.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(batch[name], array, strict=True)
+
+
+def test_a_row_too_long_for_the_batch():
+  with pytest.raises(ValueError, match='row 1 has 3 tokens, the batch 2'):
+    pad_batch([np.ones(2), np.ones(3)], [np.ones(2), np.ones(3)], 2, 0)
+
+
+def test_batch_at():
+  indices = np.array([1, 4, 7, 8])
+  data = tokenized(9)
+  for step in range(5):
+    batch = batch_at(data, indices, step, 3, seed=2, length=5, pad_id=0)
+    rows = indices[rows_at(step, 4, 3, seed=2)]
+    assert batch['ids'].shape == (3, 5)
+    assert batch['ids'][:, 0].tolist() == rows.tolist()
+    lengths = [2 + row % 3 for row in rows]
+    assert batch['mask'].sum(axis=1).tolist() == lengths
+
+
+def test_eval_batches_hold_every_row_once():
+  indices = np.array([0, 2, 3, 5, 6])
+  found = list(eval_batches(tokenized(7), indices, 2, length=4, pad_id=9))
+  assert [batch['ids'].shape for batch in found] == [(2, 4)] * 3
+  ids = np.concatenate([batch['ids'] for batch in found])
+  mask = np.concatenate([batch['mask'] for batch in found])
+  labels = np.concatenate([batch['labels'] for batch in found])
+  assert ids[:5, 0].tolist() == indices.tolist()
+  assert (ids[5] == 9).all()
+  assert (labels[5] == _).all()
+  assert not mask[5].any()
+  assert mask[:5].sum(axis=1).tolist() == [2, 4, 2, 4, 2]
+  np.testing.assert_array_equal(labels, np.where(mask, ids, _))
+  assert list(eval_batches(tokenized(2), np.arange(0), 2, 4, 0)) == []

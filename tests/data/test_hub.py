@@ -1,0 +1,155 @@
+"""Rows of the hub: a real HTTP server here that `datasets` is pointed at."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HUB_ROWS = b'{"text": "one"}\n{"text": "two"}\n'
+SHA = 'a' * 40
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """As much of the hub's API as it takes to serve `own/set`."""
+
+  def answer(self):
+    folder = '/api/datasets/own/set'
+    status, headers, body = 404, {'X-Error-Code': 'EntryNotFound'}, b'{}'
+    if '/gated' in self.path:
+      status, headers = 403, {'X-Error-Code': 'GatedRepo'}
+    elif '/nobody' in self.path:
+      headers = {'X-Error-Code': 'RepoNotFound'}
+    elif '/broken' in self.path:
+      status = 500
+    elif self.path.startswith(f'{folder}/tree/{SHA}?'):
+      entry = {'type': 'file', 'path': 'data.jsonl', 'oid': 'b' * 40}
+      status = 200
+      body = json.dumps([entry | {'size': len(HUB_ROWS)}]).encode()
+    elif self.path in (folder, f'{folder}/revision/{SHA}'):
+      files = [{'rfilename': 'data.jsonl'}]
+      status = 200
+      body = json.dumps({'id': 'own/set', 'sha': SHA, 'siblings': files})
+      body = body.encode()
+    elif self.path == f'/datasets/own/set/resolve/{SHA}/data.jsonl':
+      status, headers, body = 200, {'ETag': f'"{"b" * 40}"'}, HUB_ROWS
+    self.send_response(status)
+    for name, value in (headers | {'X-Repo-Commit': SHA}).items():
+      self.send_header(name, value)
+    self.send_header('Content-Length', str(len(body)))
+    self.end_headers()
+    if self.command != 'HEAD':
+      self.wfile.write(body)
+
+  do_GET = do_HEAD = answer
+
+  def log_message(self, *args):
+    pass
+
+
+def ask_hub(endpoint, home, *asked, **environment):
+  """`read_rows` of each (name, split), in a process of its own."""
+  # The endpoint is read once, when huggingface_hub is imported.
+  code = textwrap.dedent("""
+    import json, sys, time
+    import datasets
+    from lorax_train.data.source import read_rows
+    before = datasets.config.HF_HUB_OFFLINE
+    out = []
+    for name, split in json.loads(sys.argv[1]):
+      begin = time.monotonic()
+      try:
+        answer = read_rows(name, split)
+      except ValueError as error:
+        answer = f'{type(error).__name__}: {error}'
+      out.append([answer, time.monotonic() - begin])
+      assert datasets.config.HF_HUB_OFFLINE == before
+    print(json.dumps(out))
+  """)
+  done = subprocess.run(
+    [sys.executable, '-c', code, json.dumps(asked)],
+    env=os.environ
+    | {'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'PYTHONPATH': str(ROOT)}
+    | {'HF_HUB_OFFLINE': '0'}
+    | environment,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+REMEDY = '; pass a local file: --config.data.path=FILE.json'
+
+
+def refusal(place, cause):
+  return (
+    f'DataError: {place}: not to be had from the Hugging Face hub ({cause})'
+    + REMEDY
+  )
+
+
+def test_the_hub(tmp_path):
+  rows = [
+    [{'text': 'one'}, 'own/set[train] row 1'],
+    [{'text': 'two'}, 'own/set[train] row 2'],
+  ]
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  endpoint = f'http://127.0.0.1:{server.server_port}'
+  try:
+    online = ask_hub(
+      endpoint,
+      tmp_path,
+      ('own/set', 'train'),
+      ('own/gated', 'train'),
+      ('own/nobody', 'train'),
+      ('own/broken', 'train'),
+      ('own/set', 'test'),
+    )
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+  assert [answer for answer, _ in online] == [
+    rows,
+    refusal(
+      'own/gated[train]',
+      'gated: accept its terms on the hub and log in with `hf auth login`',
+    ),
+    refusal(
+      'own/nobody[train]',
+      'no such data set, or a private one: check its name',
+    ),
+    refusal('own/broken[train]', 'HTTP 500'),
+    refusal(
+      'own/set[test]',
+      'ValueError: Unknown split "test". Should be one of [\'train\'].',
+    ),
+  ]
+  # Nothing listens there any more: the cache answers, or nobody, and soon.
+  gone, none = ask_hub(
+    endpoint, tmp_path, ('own/set', 'train'), ('own/other', 'train')
+  )
+  assert gone[0] == rows
+  assert none[0] == refusal(
+    'own/other[train]', 'ConnectError: [Errno 111] Connection refused'
+  )
+  assert none[1] < 8  # 23 s with the hub's own retries
+  cached, absent = ask_hub(
+    endpoint,
+    tmp_path,
+    ('own/set', 'train'),
+    ('own/other', 'train'),
+    HF_HUB_OFFLINE='1',
+  )
+  assert cached[0] == rows
+  assert absent[0] == refusal(
+    'own/other[train]', 'HF_HUB_OFFLINE is set and the cache does not hold it'
+  )

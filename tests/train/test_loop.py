@@ -1,0 +1,251 @@
+"""Whole runs on toy models: what is written, and that it is what was trained.
+
+References: the same run on one device for meshes, the uninterrupted run for
+resumed ones, and `score` on the exported adapter.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lorax_train import config, parallel
+from lorax_train.errors import ConfigError, DataError
+from lorax_train.formats import hf, hf_config
+from lorax_train.infer.score import score
+from lorax_train.train import loop, optim, setup
+from lorax_train.train import step as step_lib
+from tests.toys import random_ids
+
+
+def make_config(model, rows, run_dir, **sections):
+  """A small float32 run; `sections` override keys."""
+  mapping = config.defaults()
+  mapping['run_dir'] = str(run_dir)
+  mapping['model'].update(
+    path=str(model), dtype='float32', param_dtype='float32', remat='none'
+  )
+  mapping['lora'].update(targets='q_proj,v_proj', rank=4, alpha=8.0)
+  mapping['data'].update(path=str(rows), template='alpaca', max_length=320)
+  mapping['train'].update(
+    steps=4, batch_size=8, learning_rate=1e-2, schedule='constant'
+  )
+  mapping['eval'].update(rows=4, every=2)
+  mapping['checkpoint'].update(every=2)
+  for name, values in sections.items():
+    mapping[name].update(values)
+  return config.from_mapping(mapping)
+
+
+def metrics(run_dir, key):
+  lines = (run_dir / 'metrics.jsonl').read_text().splitlines()
+  values = [json.loads(line) for line in lines]
+  return [(v['step'], v[key]) for v in values if key in v]
+
+
+@pytest.mark.compat
+def test_a_run_leaves_what_the_contract_says(
+  tiny_model, rows_file, tmp_path, capsys
+):
+  run_dir = tmp_path / 'run'
+  cfg = make_config(tiny_model, rows_file, run_dir)
+  adapter = loop.run(cfg)
+  assert adapter == run_dir / 'adapter'
+  assert {p.name for p in adapter.iterdir()} == {
+    'adapter_config.json', 'adapter_model.safetensors', 'README.md',
+    'tokenizer.json', 'tokenizer_config.json',
+  }  # fmt: skip
+  written = json.loads((run_dir / 'config.json').read_text())
+  assert written == config.to_mapping(cfg)
+  assert [step for step, _ in metrics(run_dir, 'loss')] == [1, 2, 3, 4]
+  held_out = metrics(run_dir, 'eval_loss')
+  assert [step for step, _ in held_out] == [0, 2, 4]
+  assert held_out[-1][1] < held_out[0][1]
+  for key in ('grad_norm', 'learning_rate', 'tokens_per_second'):
+    assert len(metrics(run_dir, key)) == 4
+  steps = {p.name for p in (run_dir / 'checkpoints').iterdir()}
+  assert steps == {'2', '4'}
+  said = capsys.readouterr().out
+  # 3 layers, r 4: q 32 -> 40 and v 32 -> 20.
+  trainable = 3 * 4 * ((32 + 40) + (32 + 20))
+  assert f'trainable  {trainable:,} of ' in said
+  assert 'q_proj x 3 (r 4), v_proj x 3 (r 4)' in said
+
+
+def test_the_exported_adapter_scores_as_it_was_evaluated(
+  tiny_model, rows_file, tmp_path
+):
+  rows = [
+    {'input_ids': row.tolist(), 'labels': [-100, *row[1:].tolist()]}
+    for row in random_ids(shape=(24, 20))
+  ]
+  data, held = tmp_path / 'rows.jsonl', tmp_path / 'held.jsonl'
+  data.write_text('\n'.join(map(json.dumps, rows[:16])))
+  held.write_text('\n'.join(map(json.dumps, rows[16:])))
+  run_dir = tmp_path / 'run'
+  adapter = loop.run(
+    make_config(
+      tiny_model, data, run_dir,
+      data={'template': 'tokens', 'eval_path': str(held), 'max_length': 64},
+    )
+  )  # fmt: skip
+  arrays = {
+    name: np.array([row[key] for row in rows[16:]])
+    for name, key in (('ids', 'input_ids'), ('labels', 'labels'))
+  }
+  np.savez(tmp_path / 'in.npz', **arrays)
+  report = score(
+    str(tiny_model), tmp_path / 'in.npz', tmp_path / 'out.npz', str(adapter)
+  )
+  assert report['loss'] == pytest.approx(
+    metrics(run_dir, 'eval_loss')[-1][1], rel=1e-5
+  )
+
+
+def losses_on(mesh, model, steps=5):
+  """Losses of a few steps of the run's own step on a mesh."""
+  cfg = make_config(
+    model, 'unused', 'unused', lora={'targets': 'all-linear'},
+    train={'steps': steps, 'grad_accum': 2},
+  )  # fmt: skip
+  model_cfg = hf_config.read_config(model)
+  adapters = setup.plan_adapters(cfg, model_cfg)
+  with jax.set_mesh(mesh):
+    params = hf.load_params(model, model_cfg, jnp.float32, mesh)
+    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    tx = optim.make_optimizer(setup.optim_config(cfg))
+    state, shardings = setup.init_state(tx, frozen, trainable, mesh)
+    step = jax.jit(
+      step_lib.make_train_step(setup.make_apply(cfg, model_cfg), tx),
+      out_shardings=(shardings, parallel.replicated(mesh)),
+    )
+    ids = random_ids(shape=(2, 8, 20))
+    batch = jax.device_put(
+      {'ids': ids, 'labels': ids}, parallel.batch_sharding(mesh, axis=1)
+    )
+    losses = []
+    for _ in range(steps):
+      state, out = step(state, frozen, batch)
+      losses.append(float(out['loss']))
+  return losses, state
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_any_mesh_gives_the_losses_of_one_device(sizes, tiny_model, one_device):
+  mesh = parallel.make_mesh(*sizes)
+  got, state = losses_on(mesh, tiny_model)
+  want, _ = losses_on(one_device, tiny_model)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  assert want[-1] < want[0]
+  # The factors are cut as their weight is, the rank axis never.
+  mlp = state.trainable['layers']['mlp']['up_proj']
+  assert mlp.a.sharding.shard_shape(mlp.a.shape) == (3, 4, 32 // sizes[1])
+  assert mlp.b.sharding.shard_shape(mlp.b.shape) == (3, 4, 48 // sizes[2])
+
+
+def test_a_second_start_does_nothing_and_a_longer_one_continues(
+  tiny_model, rows_file, tmp_path, capsys
+):
+  whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+  dropout = {'dropout': 0.2}
+  loop.run(make_config(tiny_model, rows_file, whole, lora=dropout))
+  short = make_config(
+    tiny_model, rows_file, parts, lora=dropout, train={'steps': 2}
+  )
+  loop.run(short)
+  before = (parts / 'metrics.jsonl').read_bytes()
+  capsys.readouterr()
+  loop.run(short)
+  assert 'already done: 2 steps' in capsys.readouterr().out
+  assert (parts / 'metrics.jsonl').read_bytes() == before
+  loop.run(make_config(tiny_model, rows_file, parts, lora=dropout))
+  assert 'resumed    at step 2' in capsys.readouterr().out
+  for key in ('loss', 'grad_norm', 'eval_loss'):
+    assert metrics(parts, key) == metrics(whole, key)
+  name = 'adapter/adapter_model.safetensors'
+  assert (parts / name).read_bytes() == (whole / name).read_bytes()
+  with pytest.raises(ConfigError, match=r'train\.steps=3: .* is at step 4'):
+    loop.run(
+      make_config(
+        tiny_model, rows_file, parts, lora=dropout, train={'steps': 3}
+      )
+    )
+
+
+def test_starting_from_an_adapter_continues_its_function(
+  tiny_model, rows_file, tmp_path
+):
+  first = loop.run(
+    make_config(
+      tiny_model, rows_file, tmp_path / 'first',
+      lora={
+        'targets': 'q_proj,down_proj', 'rank_pattern': 'layers.1.*=2',
+        'variant': 'rslora',
+      },
+    )
+  )  # fmt: skip
+  second = loop.run(
+    make_config(
+      tiny_model, rows_file, tmp_path / 'second',
+      lora={'init_from': str(first)}, train={'steps': 1},
+    )
+  )  # fmt: skip
+  ends = metrics(tmp_path / 'first', 'eval_loss')[-1]
+  begins = metrics(tmp_path / 'second', 'eval_loss')[0]
+  assert begins[1] == pytest.approx(ends[1], rel=1e-6)
+  one, two = (
+    load_file(d / 'adapter_model.safetensors') for d in (first, second)
+  )
+  assert {k: v.shape for k, v in one.items()} == {
+    k: v.shape for k, v in two.items()
+  }
+  configs = [
+    json.loads((d / 'adapter_config.json').read_text()) for d in (first, second)
+  ]
+  assert configs[0] == configs[1]
+
+
+def test_a_step_is_compiled_once(tiny_model, rows_file, tmp_path):
+  compiled = []
+
+  def listen(event, _seconds, **_):
+    if event == '/jax/core/compile/backend_compile_duration':
+      compiled.append(event)
+
+  def count(steps):
+    compiled.clear()
+    loop.run(
+      make_config(
+        tiny_model, rows_file, tmp_path / f'run{steps}',
+        train={'steps': steps}, checkpoint={'every': 50}, eval={'every': 50},
+      )
+    )  # fmt: skip
+    return len(compiled)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  count(1)  # fills the caches of what is shared between runs
+  assert count(7) == count(3)
+
+
+def test_fewer_rows_than_a_batch_repeat(tiny_model, rows_file, tmp_path):
+  rows = json.loads(rows_file.read_text())[:3]
+  rows_file.write_text(json.dumps(rows))
+  loop.run(make_config(tiny_model, rows_file, tmp_path / 'run'))
+  assert len(metrics(tmp_path / 'run', 'loss')) == 4
+  assert metrics(tmp_path / 'run', 'eval_loss') == []
+
+
+def test_a_finished_run_survives_another_data_file(
+  tiny_model, rows_file, tmp_path
+):
+  run_dir = tmp_path / 'run'
+  cfg = make_config(tiny_model, rows_file, run_dir, train={'steps': 1})
+  loop.run(cfg)
+  rows_file.write_text('[]')
+  with pytest.raises(DataError):
+    loop.run(cfg)
+  assert (run_dir / 'adapter' / 'adapter_model.safetensors').exists()
