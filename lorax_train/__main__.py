@@ -66,14 +66,15 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 def cli(argv: Sequence[str] | None = None) -> int:
   """Runs a verb; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
-  listing = '\n'.join(f'  {n:<8} {f.__doc__}' for n, f in VERBS.items())
-  if not argv or argv[0] in ('-h', '--help'):
+  if argv and argv[0] in ('-h', '--help'):
+    listing = '\n'.join(f'  {n:<8} {f.__doc__}' for n, f in VERBS.items())
     print(f'usage: lorax-train VERB [--help]\n\n{listing}')
-    return 0 if argv else 2
+    return 0
   try:
-    if argv[0] not in VERBS:
+    if not argv or argv[0] not in VERBS:
+      given = f'{argv[0]!r} is no verb' if argv else 'VERB is missing'
       raise errors.ConfigError(
-        f'{argv[0]!r} is no verb; there are: {", ".join(VERBS)}'
+        f'lorax-train: {given}; there are: {", ".join(VERBS)}'
       )
     return VERBS[argv[0]](argv[1:])
   except (errors.UserError, OSError, KeyboardInterrupt) as error:

@@ -336,7 +336,7 @@ def _value(
     near = difflib.get_close_matches(str(value), choices, 1)
     hint = f' (did you mean {near[0]}?)' if near else ''
     problems.append(f'{where} is {value!r}, none of {", ".join(choices)}{hint}')
-  elif kind is float and not math.isfinite(value):
+  elif isinstance(value, float) and not math.isfinite(value):
     problems.append(f'{where} is {value}, not a finite number')
   elif at_least is not None and value < at_least:
     problems.append(f'{where} is {value}, below {at_least}')

@@ -1,6 +1,7 @@
 """Hugging Face model directories: found, checked, and put onto a mesh."""
 
 import difflib
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,7 @@ def load_params(
       sharding,
       _reader(param, sources[param.path], np.dtype(dtype)),
     )
-  _check_finite(by_path, sources)
+  _check_finite(directory, cfg, by_path, sources, mesh)
   return params_lib.nest(by_path)
 
 
@@ -122,6 +123,7 @@ def _reader(
       return ref.read(index[::-1]).T
     return ref.read(index)
 
+  @np.errstate(over='ignore')  # what is past the dtype is not finite, and named
   def read(index: tuple[slice, ...]) -> np.ndarray:
     if not param.stacked:
       return one(refs[0], index).astype(dtype)
@@ -200,21 +202,30 @@ def _settle_tied(
 
 
 def _check_finite(
+  directory: Path,
+  cfg: DecoderConfig,
   by_path: Mapping[str, jax.Array],
   sources: Mapping[str, Sequence[TensorRef]],
+  mesh: jax.sharding.Mesh,
 ) -> None:
   """No NaN or infinity in the base: they would surface as a bad loss."""
-
-  @jax.jit
-  def finite(x):
-    return jnp.isfinite(x).reshape(x.shape[0], -1).all(axis=1)
-
+  finite = _finite(mesh)
   bad = []
-  for path, x in by_path.items():
-    ok: Any = np.asarray(finite(x))
-    names = sources[path]
-    if len(names) == 1:
-      ok = ok.reshape(1, -1).all(axis=1)
-    bad += [ref.name for ref, fine in zip(names, ok, strict=True) if not fine]
+  for param in params_lib.table(cfg):
+    axes = tuple(range(1 if param.stacked else 0, len(param.axes)))
+    fine = np.asarray(finite(by_path[param.path], axes))
+    refs = sources[param.path]
+    bad += [ref.name for ref, ok in zip(refs, fine, strict=True) if not ok]
   if bad:
-    raise ModelError(f'weights that are not finite numbers: {few(bad)}')
+    raise ModelError(f'{directory}: weights that are not finite: {few(bad)}')
+
+
+@functools.cache
+def _finite(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+  """(x, axes) -> whether all of x over these axes is finite, [...] or [1]."""
+  # Every host of a run needs the answer, whoever holds the weights.
+  return jax.jit(
+    lambda x, axes: jnp.atleast_1d(jnp.isfinite(x).all(axes)),
+    static_argnums=1,
+    out_shardings=parallel.replicated(mesh),
+  )

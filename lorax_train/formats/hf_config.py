@@ -4,7 +4,7 @@ Checked against transformers 5.23. The file is untrusted input: a key that
 changes the maths has a supported value or is refused, by name.
 """
 
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def _is_positive(value: Any) -> bool:
   return (
     isinstance(value, int | float)
     and not isinstance(value, bool)
-    and 0 < value < math.inf
+    and 0 < value <= sys.float_info.max
   )
 
 

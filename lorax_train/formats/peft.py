@@ -1,12 +1,10 @@
 """PEFT adapter directories: adapter_config.json and adapter_model.safetensors.
 
-Names, shapes and JSON as PEFT 0.21 writes them; the JSON is a small subset
-that older PEFT, vLLM and llama.cpp read too. A is (r, in), B is (out, r).
+Names and shapes as PEFT 0.21 writes them: A is (r, in), B is (out, r). What is
+in the JSON is peft_config's.
 """
 
-import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -18,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax_train.errors import ModelError, one_line
+from lorax_train.errors import ModelError
 from lorax_train.formats import safetensors
+from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
 from lorax_train.formats.safetensors import few
 from lorax_train.lora import (
   Adapter,
@@ -29,29 +28,9 @@ from lorax_train.lora import (
   path_of,
   resolve,
 )
-from lorax_train.lora.spec import ALL_LINEAR, target_list
 
 PREFIX = 'base_model.model.'
-CONFIG_FILE = 'adapter_config.json'
 WEIGHTS_FILE = 'adapter_model.safetensors'
-
-# Settings under which the adapter computes something that we don't, and the
-# value that means "off" where it is not None, {} or False.
-_MUST_BE_OFF: Mapping[str, Any] = {
-  'use_dora': False,
-  'use_qalora': False,
-  'use_bdlora': None,
-  'lora_bias': False,
-  'bias': 'none',
-  'fan_in_fan_out': False,
-  'modules_to_save': None,
-  'trainable_token_indices': None,
-  'target_parameters': None,
-  'layer_replication': None,
-  'layers_pattern': None,
-  'alora_invocation_tokens': None,
-  'arrow_config': None,
-}
 
 _KEY = re.compile(rf'{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight')
 
@@ -116,49 +95,6 @@ def to_tensors(
   return tensors
 
 
-def to_config(
-  spec: LoraSpec, names: Mapping[str, tuple[str, ...]], base: str
-) -> dict[str, Any]:
-  """adapter_config.json of an adapter made by this spec.
-
-  The first pattern that matches wins, but PEFT sorts the patterns when it
-  writes them again. Where that would change a rank or a scale, each module is
-  named in full instead.
-  """
-  flat = [name for of_stack in names.values() for name in of_stack]
-  patterns: dict[str, Any] = {
-    'rank_pattern': dict(sorted(spec.rank_pattern.items())),
-    'alpha_pattern': dict(sorted(spec.alpha_pattern.items())),
-  }
-  placed = resolve(spec, flat, strict=False)
-  by_sorted = dataclasses.replace(spec, **patterns)
-  if resolve(by_sorted, flat, strict=False) != placed:
-    root = math.sqrt if spec.variant == 'rslora' else float
-    patterns = {
-      'rank_pattern': {n: p.rank for n, p in placed.items()},
-      'alpha_pattern': {n: p.scale * root(p.rank) for n, p in placed.items()},
-    }
-  return {
-    **patterns,
-    'base_model_name_or_path': base,
-    'bias': 'none',
-    'exclude_modules': _to_targets(spec.exclude),
-    'fan_in_fan_out': False,
-    'inference_mode': True,
-    'init_lora_weights': True,
-    'layers_to_transform': list(spec.layers_to_transform) or None,
-    'lora_alpha': _plain(spec.alpha),
-    'lora_dropout': spec.dropout,
-    'modules_to_save': None,
-    'peft_type': 'LORA',
-    'r': spec.rank,
-    'target_modules': _to_targets(spec.targets),
-    'task_type': 'CAUSAL_LM',
-    'use_dora': False,
-    'use_rslora': spec.variant == 'rslora',
-  }
-
-
 def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
   """Reads an adapter directory, PEFT's or ours.
 
@@ -167,7 +103,7 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
       know, or factors that are not finite or don't fit each other.
   """
   directory = Path(directory)
-  spec, base = _read_config(directory / CONFIG_FILE)
+  spec, base = read_config(directory / CONFIG_FILE)
   refs = safetensors.open_file(directory / WEIGHTS_FILE)
   halves: dict[str, dict[str, np.ndarray]] = {}
   unknown = []
@@ -175,8 +111,9 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
     if key.endswith('.base_layer.weight'):
       continue  # PEFT adds the base's head where the head is a target
     found = _KEY.fullmatch(key)
-    if found is None or len(ref.shape) != 2:
-      unknown.append(f'{key} {ref.shape}')
+    floating = jnp.issubdtype(ref.dtype, jnp.floating)
+    if found is None or len(ref.shape) != 2 or not floating:
+      unknown.append(f'{key} {ref.dtype}{list(ref.shape)}')
       continue
     half = ref.read().astype(np.float32)
     halves.setdefault(found[1], {})[found[2]] = half
@@ -252,12 +189,27 @@ def fill(
 def placement(
   loaded: LoadedAdapter, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Placement]:
-  """The adapter's {module name: rank and scale} on a model of these names."""
+  """The adapter's {module name: rank and scale} on a model of these names.
+
+  Raises:
+    ModelError: a rank that is not that of the factors, so that nobody makes
+      arrays of a size which is but written down.
+  """
   flat = [name for of_stack in names.values() for name in of_stack]
   try:
-    return resolve(loaded.spec, flat, strict=False)
+    placed = resolve(loaded.spec, flat, strict=False)
   except ValueError as error:
     raise ModelError(f'adapter does not fit the model: {error}') from None
+  ranks = {name: a.shape[0] for name, (a, _) in loaded.factors.items()}
+  problems = [
+    f'{name} has rank {place.rank} by {CONFIG_FILE}, but {ranks.get(name, 0)} in'
+    f' {WEIGHTS_FILE}'
+    for name, place in placed.items()
+    if place.rank != ranks.get(name, 0)
+  ]
+  if problems:
+    raise ModelError(f'adapter does not fit the model: {few(problems)}')
+  return placed
 
 
 def _adapted(frozen: Any, trainable: Any):
@@ -274,65 +226,3 @@ def _adapted(frozen: Any, trainable: Any):
   adapters = jax.tree.leaves(trainable, is_leaf=is_adapter)
   for (path, leaf), adapter in zip(fixed, adapters, strict=True):
     yield path, leaf, adapter
-
-
-def _read_config(path: Path) -> tuple[LoraSpec, str]:
-  try:
-    raw = json.loads(path.read_text('utf-8'))
-  except FileNotFoundError:
-    raise ModelError(f'{path}: no such file: is this an adapter?') from None
-  except ValueError as error:
-    raise ModelError(f'{path}: not JSON: {one_line(error)}') from None
-  if not isinstance(raw, dict) or raw.get('peft_type') != 'LORA':
-    raise ModelError(f'{path}: peft_type is not LORA')
-  on = [
-    f'{key}={raw[key]!r}'
-    for key, off in _MUST_BE_OFF.items()
-    if raw.get(key) not in (off, None, {}, [])
-  ]
-  if on:
-    raise ModelError(f'{path}: settings that are not supported: {few(on)}')
-  layers = raw.get('layers_to_transform')
-  try:
-    spec = LoraSpec(
-      targets=_from_targets(raw.get('target_modules') or ['q_proj', 'v_proj']),
-      rank=raw.get('r', 8),
-      alpha=raw.get('lora_alpha', 8),
-      dropout=raw.get('lora_dropout', 0.0),
-      variant='rslora' if raw.get('use_rslora') else 'lora',
-      exclude=_from_targets(raw.get('exclude_modules') or ''),
-      rank_pattern=raw.get('rank_pattern') or {},
-      alpha_pattern=raw.get('alpha_pattern') or {},
-      layers_to_transform=tuple(
-        [layers] if isinstance(layers, int) else layers or ()
-      ),
-    )
-  except (ValueError, TypeError) as error:
-    raise ModelError(f'{path}: {one_line(error)}') from None
-  return spec, raw.get('base_model_name_or_path') or ''
-
-
-def _to_targets(text: str) -> str | list[str] | None:
-  """Our one string as PEFT's list, regex or None."""
-  if text.strip() == ALL_LINEAR:
-    return ALL_LINEAR
-  listed = target_list(text)
-  if listed is None:
-    return text
-  return sorted(listed) or None
-
-
-def _from_targets(value: str | list[str]) -> str:
-  """PEFT's list or regex as our one string."""
-  if not isinstance(value, str):
-    # Entries of a list are literal; one that is no name can match nothing.
-    return ','.join(sorted(v for v in value if target_list(v)))
-  if value.lower() == ALL_LINEAR:
-    return ALL_LINEAR
-  # PEFT reads any other string as a regex, also one that looks like a name.
-  return f'(?:{value})' if target_list(value) else value
-
-
-def _plain(number: float) -> int | float:
-  """16.0 -> 16: PEFT and llama.cpp expect an integer where it is one."""
-  return int(number) if math.isclose(number, int(number)) else number

@@ -6,6 +6,7 @@ data. So every file is opened by the library first, and only then are the
 bytes of a slice read straight from the file.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -35,6 +36,7 @@ DTYPES = {
   'BOOL': np.dtype(np.bool_),
 }
 
+_HEAD_BYTES = 65536
 _LFS_HEAD = b'version https://git-lfs.github.com'
 
 
@@ -132,6 +134,20 @@ def open_dir(directory: Path) -> dict[str, TensorRef]:
   raise ModelError(
     f'{directory}: no model.safetensors and no model.safetensors.index.json'
   )
+
+
+def fingerprint(refs: Mapping[str, TensorRef]) -> str:
+  """Sha256 over name, dtype, shape and first 64 KiB of every tensor.
+
+  Enough to tell one base from another without reading gigabytes.
+  """
+  digest = hashlib.sha256()
+  for name, ref in sorted(refs.items()):
+    digest.update(f'{name} {ref.dtype} {ref.shape}\n'.encode())
+    with open(ref.file, 'rb') as file:
+      file.seek(ref.offset)
+      digest.update(file.read(min(ref.nbytes, _HEAD_BYTES)))
+  return digest.hexdigest()
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

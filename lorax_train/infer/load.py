@@ -19,6 +19,7 @@ Apply = Callable[..., jax.Array]
 def load(
   path: str,
   mesh: jax.sharding.Mesh | None = None,
+  *,
   adapter: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,

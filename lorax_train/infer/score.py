@@ -5,6 +5,7 @@ The numbers that every other implementation can be compared with.
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from lorax_train.formats import hf
 from lorax_train.infer.load import load_params
 
 IGNORED = -100
+
+# What numpy and zipfile raise on a file that is not what it says.
+_UNREADABLE = (
+  *(ValueError, OSError, EOFError, MemoryError, RuntimeError),
+  *(zipfile.BadZipFile, zlib.error),
+)
 
 
 def score(
@@ -95,11 +102,18 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
   try:
-    with np.load(path, allow_pickle=False) as file:
-      arrays = {k: file[k] for k in ('ids', 'mask', 'labels') if k in file}
+    with open(path, 'rb') as file:
+      found = np.load(file, allow_pickle=False)
+      if not isinstance(found, np.lib.npyio.NpzFile):
+        raise ValueError('it is a single array')
+      arrays = {
+        name: np.asarray(found[name])  # bytes, where a member is no array
+        for name in ('ids', 'mask', 'labels')
+        if name in found
+      }
   except FileNotFoundError:
     raise DataError(f'--tokens {path}: no such file') from None
-  except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+  except _UNREADABLE as error:
     raise DataError(
       f'--tokens {path}: not an npz file of plain arrays: {one_line(error)}'
     ) from None

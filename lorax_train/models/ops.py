@@ -24,12 +24,12 @@ def dot(x: Array, w: Array, out_dtype: Any = None) -> Array:
     return w.apply_to(x, out_dtype)
   if w.dtype == x.dtype:
     return jnp.matmul(x, w, preferred_element_type=out_dtype)
-  cast = jax.checkpoint(
-    lambda x, w: jnp.matmul(
-      x, w.astype(x.dtype), preferred_element_type=out_dtype
-    )
-  )
-  return cast(x, w)
+
+  @jax.checkpoint
+  def cast_dot(x, w):
+    return jnp.matmul(x, w.astype(x.dtype), preferred_element_type=out_dtype)
+
+  return cast_dot(x, w)
 
 
 def lookup(w: Array, ids: Array, dtype: Any) -> Array:

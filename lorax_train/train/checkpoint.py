@@ -173,14 +173,17 @@ def _clear_unfinished(root: Path, note: Callable[[str], None]) -> None:
 def _problem(directory: Path) -> str | None:
   """What is wrong with a step on disk, or None."""
   try:
-    listed = json.loads((directory / MANIFEST).read_text('utf-8'))['files']
+    manifest = json.loads((directory / MANIFEST).read_text('utf-8'))
+    listed, step = dict(manifest['files']), manifest['step']
     found = _digests(directory)
   except (OSError, ValueError, KeyError, TypeError) as error:
     return f'{MANIFEST}: {type(error).__name__}'
-  if listed == found:
-    return None
-  names = sorted(n for n in {*listed, *found} if listed.get(n) != found.get(n))
-  return f'{names[0]} is not as it was written'
+  if str(step) != directory.name:
+    return f'{MANIFEST} is that of step {step}'
+  for name in sorted({*listed, *found}):
+    if listed.get(name) != found.get(name):
+      return f'{name} is not as it was written'
+  return None
 
 
 def _digests(directory: Path) -> dict[str, dict[str, Any]]:

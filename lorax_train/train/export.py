@@ -1,14 +1,17 @@
 """The trained adapter on disk, complete and checked, or not there at all."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 
 from lorax_train.config import TrainConfig
 from lorax_train.data.tokenize import Tokenizer
+from lorax_train.errors import one_line
 from lorax_train.formats import peft
 from lorax_train.train import report
 from lorax_train.train.setup import Adapters
@@ -35,17 +38,29 @@ def write_adapter(
     cfg: the run, for the model card.
     tokenizer: its files go beside the adapter.
     held_out: the result, in words, for the model card.
+
+  Raises:
+    OSError: disk full, no rights; what was there before is untouched.
   """
   building = directory.with_name(directory.name + '.tmp')
   shutil.rmtree(building, ignore_errors=True)
-  peft.save_adapter(
-    building, frozen, trainable, adapters.names, adapters.spec, cfg.model.path
-  )
+  try:
+    peft.save_adapter(
+      building, frozen, trainable, adapters.names, adapters.spec, cfg.model.path
+    )
+  except SafetensorError as error:  # what a full disk is to that library
+    raise OSError(
+      f'{directory}: adapter not written, checkpoints are untouched: make room'
+      f' and run again: {one_line(error)}'
+    ) from error
   _check(building, frozen, trainable, adapters)
   for file in tokenizer.files if tokenizer else ():
     shutil.copyfile(file, building / file.name)
   card = report.model_card(cfg, adapters.spec, held_out)
   (building / 'README.md').write_text(card, 'utf-8')
+  for path in building.iterdir():
+    with open(path, 'rb') as opened:
+      os.fsync(opened.fileno())
   shutil.rmtree(directory, ignore_errors=True)
   building.rename(directory)
 

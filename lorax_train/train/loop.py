@@ -18,7 +18,7 @@ from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data import batches
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
-from lorax_train.formats import hf, hf_config
+from lorax_train.formats import hf, hf_config, safetensors
 from lorax_train.train import checkpoint, export, optim, report, rundir, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.metrics import MetricsLog, Progress
@@ -51,10 +51,15 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   # --- configuration and rows before weights: cheap mistakes show first
   model_dir = hf.find_model(cfg.model.path)
   model_cfg = hf_config.read_config(model_dir)
+  weights = safetensors.open_dir(model_dir)
   adapters = setup.plan_adapters(cfg, model_cfg)
   mesh = setup.make_mesh(cfg)
   rows = setup.read_rows(cfg, model_dir, model_cfg)
-  rundir.check_same_run(run_dir, mapping, rows.fingerprint)
+  inputs = {
+    'data': rows.fingerprint,
+    'weights': safetensors.fingerprint(weights),
+  }
+  rundir.check_same_run(run_dir, mapping, inputs)
   shapes, _ = setup.abstract(cfg, model_cfg, adapters)
   say(report.banner(cfg, shapes, adapters.names, mesh,
                     setup.rows_summary(rows), rows.length, run_dir))  # fmt: skip
@@ -64,7 +69,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   if done == steps and adapter_dir.is_dir():
     say(f'already done: {steps} steps, adapter in {adapter_dir}')
     return adapter_dir
-  rundir.write_config(run_dir, mapping, rows.fingerprint)
+  rundir.write_config(run_dir, mapping, inputs)
 
   with jax.set_mesh(mesh), _stop_requests() as stop:
     # --- weights onto the mesh, factors beside them
@@ -141,7 +146,7 @@ def _train(
   schedule = optim.make_schedule(setup.optim_config(cfg))
   log, progress = MetricsLog(run_dir, start), Progress(start, steps)
   pending: list[tuple[dict[str, jax.Array], int]] = []
-  began = time.monotonic()
+  saved, began = start, time.monotonic()
 
   def hold_out(at: int) -> None:
     loss = evaluate(state.trainable)
@@ -153,7 +158,9 @@ def _train(
     if start == 0:
       hold_out(0)
     for at in range(start + 1, steps + 1):
-      if stop:
+      # A stop asked for after the last step's own look at it takes one more
+      # step, which is then saved.
+      if stop and saved == at - 1:
         break
       batch, tokens = rows.batch(cfg, mesh, at - 1)
       state, metrics = train_step(state, frozen, batch)
@@ -170,6 +177,7 @@ def _train(
           checkpoint.save(
             run_dir / 'checkpoints', at, state, cfg.checkpoint.keep
           )
+          saved = at
         pending, began = [], time.monotonic()
     if int(state.step) < steps:
       raise StoppedError(

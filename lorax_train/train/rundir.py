@@ -19,9 +19,22 @@ from lorax_train.train.checkpoint import write_atomically
 CONFIG = 'config.json'
 RUN = 'run.json'
 
+_INPUTS = {
+  'data': 'the rows of data.path',
+  'weights': 'the weights of model.path',
+}
+
 # What may change between two starts of a run: it touches neither the weights
 # nor which rows are trained on, and when.
-_FREE = ('checkpoint.', 'eval.every', 'mesh.', 'run_dir', 'train.log_every')
+_FREE = (
+  'checkpoint.',
+  'eval.every',
+  'mesh.',
+  'model.attention',
+  'model.remat',
+  'run_dir',
+  'train.log_every',
+)
 
 
 @contextlib.contextmanager
@@ -56,7 +69,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def check_same_run(
-  run_dir: Path, mapping: Mapping[str, Any], data: str
+  run_dir: Path, mapping: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> None:
   """Refuses to continue a run under another configuration or other data.
 
@@ -66,7 +79,7 @@ def check_same_run(
   Args:
     run_dir: where config.json may be.
     mapping: the configuration, nested.
-    data: fingerprint of the tokenised rows.
+    inputs: fingerprints of what the run reads, by the names in _INPUTS.
 
   Raises:
     ResumeError: shows each key with its old and new value.
@@ -76,7 +89,9 @@ def check_same_run(
     return
   try:
     before = flat(json.loads((run_dir / CONFIG).read_text('utf-8')))
-    data_before = json.loads((run_dir / RUN).read_text('utf-8'))['data']
+    inputs_before = dict(
+      json.loads((run_dir / RUN).read_text('utf-8'))['inputs']
+    )
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     raise ResumeError(
       f'run_dir {run_dir}: its {CONFIG} or {RUN} is damaged or not of a run:'
@@ -88,8 +103,12 @@ def check_same_run(
     for key in sorted({*before, *now})
     if before.get(key) != now.get(key) and not _may_change(key, now)
   ]
-  if not changed and data_before != data:
-    changed = ['the rows of data.path are not the ones it was started with']
+  if not changed:
+    changed = [
+      f'{_INPUTS[name]} are not those it was started with'
+      for name, value in inputs.items()
+      if inputs_before.get(name) != value
+    ]
   if changed and begun:
     raise ResumeError(
       f'run_dir {run_dir}: holds another run ({"; ".join(changed)}): set it'
@@ -97,9 +116,11 @@ def check_same_run(
     )
 
 
-def write_config(run_dir: Path, mapping: Mapping[str, Any], data: str) -> None:
+def write_config(
+  run_dir: Path, mapping: Mapping[str, Any], inputs: Mapping[str, str]
+) -> None:
   """Writes config.json (as resolved) and run.json (what it was run on)."""
-  ran = {'data': data, 'versions': versions()}
+  ran = {'inputs': dict(inputs), 'versions': versions()}
   write_atomically(run_dir / RUN, json.dumps(ran, indent=2) + '\n')
   write_atomically(run_dir / CONFIG, json.dumps(mapping, indent=2) + '\n')
 

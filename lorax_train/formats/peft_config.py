@@ -1,0 +1,200 @@
+"""adapter_config.json: a LoraSpec as PEFT 0.21 writes it, and back.
+
+What we write is a small subset that older PEFT, vLLM and llama.cpp read too.
+What we read is untrusted: a setting that changes what the adapter computes is
+one that we compute, or it is refused by name.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorax_train.errors import ModelError, one_line
+from lorax_train.formats.jsonfile import read_object
+from lorax_train.formats.safetensors import few
+from lorax_train.lora import LoraSpec, resolve
+from lorax_train.lora.spec import ALL_LINEAR, target_list
+
+CONFIG_FILE = 'adapter_config.json'
+
+# Settings under which the adapter computes something that we don't, and the
+# value that means "off" where it is not None, {} or False.
+_MUST_BE_OFF: Mapping[str, Any] = {
+  'use_dora': False,
+  'use_qalora': False,
+  'use_bdlora': None,
+  'lora_bias': False,
+  'bias': 'none',
+  'fan_in_fan_out': False,
+  'modules_to_save': None,
+  'trainable_token_indices': None,
+  'target_parameters': None,
+  'layer_replication': None,
+  'layers_pattern': None,
+  'alora_invocation_tokens': None,
+  'arrow_config': None,
+  'kasa_config': None,
+  'monteclora_config': None,
+}
+# Initialisations that take the adapter's first value out of the base weights:
+# on load PEFT does so again, so A and B alone are not the adapter.
+_CHANGE_BASE = ('pissa', 'corda', 'olora', 'loftq', 'lora_ga')
+
+# The keys we read, what kind they are, and what kind is in them.
+_NUMBER = (int, float)
+_NAMES = (str, list, type(None))
+_KINDS: Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+  'r': ((int,), ()),
+  'lora_alpha': (_NUMBER, ()),
+  'lora_dropout': (_NUMBER, ()),
+  'use_rslora': ((bool, type(None)), ()),
+  'target_modules': (_NAMES, (str,)),
+  'exclude_modules': (_NAMES, (str,)),
+  'rank_pattern': ((dict, type(None)), (int,)),
+  'alpha_pattern': ((dict, type(None)), _NUMBER),
+  'layers_to_transform': ((int, list, type(None)), (int,)),
+  'base_model_name_or_path': ((str, type(None)), ()),
+}
+
+
+def to_config(
+  spec: LoraSpec, names: Mapping[str, tuple[str, ...]], base: str
+) -> dict[str, Any]:
+  """adapter_config.json of an adapter made by this spec.
+
+  The first pattern that matches wins, but PEFT sorts the patterns when it
+  writes them again. Where that would change a rank or a scale, each module is
+  named in full instead. So it is where a regex for targets also matches what
+  is no linear: we pass over that, PEFT refuses.
+  """
+  flat = [name for of_stack in names.values() for name in of_stack]
+  patterns: dict[str, Any] = {
+    'rank_pattern': dict(sorted(spec.rank_pattern.items())),
+    'alpha_pattern': dict(sorted(spec.alpha_pattern.items())),
+  }
+  placed = resolve(spec, flat, strict=False)
+  by_sorted = dataclasses.replace(spec, **patterns)
+  if resolve(by_sorted, flat, strict=False) != placed:
+    root = math.sqrt if spec.variant == 'rslora' else float
+    patterns = {
+      'rank_pattern': {n: p.rank for n, p in placed.items()},
+      'alpha_pattern': {n: p.scale * root(p.rank) for n, p in placed.items()},
+    }
+  targets = _to_targets(spec.targets)
+  if target_list(spec.targets) is None and _hits_blocks(spec.targets, flat):
+    targets = sorted(placed)
+  return {
+    **patterns,
+    'base_model_name_or_path': base,
+    'bias': 'none',
+    'exclude_modules': _to_targets(spec.exclude),
+    'fan_in_fan_out': False,
+    'inference_mode': True,
+    'init_lora_weights': True,
+    'layers_to_transform': list(spec.layers_to_transform) or None,
+    'lora_alpha': _plain(spec.alpha),
+    'lora_dropout': spec.dropout,
+    'modules_to_save': None,
+    'peft_type': 'LORA',
+    'r': spec.rank,
+    'target_modules': targets,
+    'task_type': 'CAUSAL_LM',
+    'use_dora': False,
+    'use_rslora': spec.variant == 'rslora',
+  }
+
+
+def read_config(path: Path) -> tuple[LoraSpec, str]:
+  """(spec, base_model_name_or_path or '') of PEFT's file or ours.
+
+  Raises:
+    ModelError: not of a LoRA adapter, or a setting that we don't compute.
+  """
+  raw = read_object(path, ': is this an adapter?')
+  if raw.get('peft_type') != 'LORA':
+    raise ModelError(f'{path}: peft_type is not LORA')
+  on = [
+    f'{key}={raw[key]!r}'
+    for key, off in _MUST_BE_OFF.items()
+    if raw.get(key) not in (off, None, False, {}, [])
+  ]
+  start = raw.get('init_lora_weights')
+  if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
+    on.append(f'init_lora_weights={start!r}, which changes the base')
+  if on:
+    raise ModelError(f'{path}: settings that are not supported: {few(on)}')
+  odd = [
+    f'{key}={raw[key]!r}'
+    for key, (kind, inside) in _KINDS.items()
+    if key in raw and not _is_of(raw[key], kind, inside)
+  ]
+  if odd:
+    raise ModelError(f'{path}: values of the wrong kind: {few(odd)}')
+  layers = raw.get('layers_to_transform')
+  try:
+    spec = LoraSpec(
+      targets=_from_targets(raw.get('target_modules') or ['q_proj', 'v_proj']),
+      rank=raw.get('r', 8),
+      alpha=raw.get('lora_alpha', 8),
+      dropout=raw.get('lora_dropout', 0.0),
+      variant='rslora' if raw.get('use_rslora') else 'lora',
+      exclude=_from_targets(raw.get('exclude_modules') or ''),
+      rank_pattern=raw.get('rank_pattern') or {},
+      alpha_pattern=raw.get('alpha_pattern') or {},
+      layers_to_transform=tuple(
+        [layers] if isinstance(layers, int) else layers or ()
+      ),
+    )
+  except (ValueError, TypeError) as error:
+    raise ModelError(f'{path}: {one_line(error)}') from None
+  return spec, raw.get('base_model_name_or_path') or ''
+
+
+def _is_of(
+  value: Any, kind: tuple[type, ...], inside: tuple[type, ...]
+) -> bool:
+  if isinstance(value, bool):  # an int to Python, but not to us
+    return bool in kind
+  # Written so that NaN is none either.
+  if isinstance(value, _NUMBER) and not abs(value) <= sys.float_info.max:
+    return False
+  held = value.values() if isinstance(value, dict) else value
+  if isinstance(value, list | dict) and inside:
+    return type(value) in kind and all(_is_of(v, inside, ()) for v in held)
+  return isinstance(value, kind)
+
+
+def _to_targets(text: str) -> str | list[str] | None:
+  """Our one string as PEFT's list, regex or None."""
+  if text.strip() == ALL_LINEAR:
+    return ALL_LINEAR
+  listed = target_list(text)
+  if listed is None:
+    return text
+  return sorted(listed) or None
+
+
+def _from_targets(value: str | list[str]) -> str:
+  """PEFT's list or regex as our one string."""
+  if not isinstance(value, str):
+    # Entries of a list are literal; one that is no name can match nothing.
+    return ','.join(sorted(v for v in value if target_list(v) == [v]))
+  if value.lower() == ALL_LINEAR:
+    return ALL_LINEAR
+  # PEFT reads any other string as a regex, also one that looks like a name.
+  return f'(?:{value})' if target_list(value) else value
+
+
+def _hits_blocks(regex: str, names: Sequence[str]) -> bool:
+  parts = [name.split('.') for name in names]
+  blocks = {'.'.join(p[:i]) for p in parts for i in range(1, len(p))}
+  return any(re.fullmatch(regex, block) for block in blocks)
+
+
+def _plain(number: float) -> int | float:
+  """16.0 -> 16: PEFT and llama.cpp expect an integer where it is one."""
+  return int(number) if math.isclose(number, int(number)) else number
