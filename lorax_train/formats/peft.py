@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from safetensors.numpy import save_file
 from lorax_train.errors import ModelError
 from lorax_train.formats import safetensors
 from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
-from lorax_train.formats.safetensors import few
+from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.lora import (
   Adapter,
   Fixed,
@@ -32,6 +33,7 @@ from lorax_train.lora import (
 PREFIX = 'base_model.model.'
 WEIGHTS_FILE = 'adapter_model.safetensors'
 
+_CARRIED = '.base_layer.weight'
 _KEY = re.compile(rf'{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight')
 
 
@@ -42,11 +44,13 @@ class LoadedAdapter(NamedTuple):
     spec: what it adapts, by PEFT's rules.
     factors: {module name: (A [r, in], B [r, out])} float32.
     base: base_model_name_or_path, '' if not given.
+    carried: {module name: the base's own weight (out, in), saved along}.
   """
 
   spec: LoraSpec
   factors: dict[str, tuple[np.ndarray, np.ndarray]]
   base: str
+  carried: Mapping[str, TensorRef] = MappingProxyType({})
 
 
 def save_adapter(
@@ -106,10 +110,13 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
   spec, base = read_config(directory / CONFIG_FILE)
   refs = safetensors.open_file(directory / WEIGHTS_FILE)
   halves: dict[str, dict[str, np.ndarray]] = {}
+  carried: dict[str, TensorRef] = {}
   unknown = []
   for key, ref in refs.items():
-    if key.endswith('.base_layer.weight'):
-      continue  # PEFT adds the base's head where the head is a target
+    if key.endswith(_CARRIED):
+      # PEFT adds the base's head where the head is a target.
+      carried[key.removeprefix(PREFIX).removesuffix(_CARRIED)] = ref
+      continue
     found = _KEY.fullmatch(key)
     floating = jnp.issubdtype(ref.dtype, jnp.floating)
     if found is None or len(ref.shape) != 2 or not floating:
@@ -134,7 +141,7 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
       factors[name] = (a, np.ascontiguousarray(b.T))
   if problems or not factors:
     raise ModelError(f'{where}: {few(problems) or "no adapter in it"}')
-  return LoadedAdapter(spec, factors, base)
+  return LoadedAdapter(spec, factors, base, carried)
 
 
 def fill(
@@ -177,6 +184,12 @@ def fill(
     filled[path] = Adapter(jnp.asarray(a), jnp.asarray(b))
   if left:
     problems.append(f'factors of modules that are not targets: {few([*left])}')
+  problems += [
+    f'it was made on another {name}, which it carries along'
+    for path, fixed, _ in _adapted(frozen, trainable)
+    for name in names[path]
+    if name in loaded.carried and _differs(loaded.carried[name], fixed.w)
+  ]
   if problems:
     raise ModelError(f'adapter does not fit the model: {few(problems)}')
   return jax.tree_util.tree_map_with_path(
@@ -184,6 +197,14 @@ def fill(
     trainable,
     is_leaf=lambda x: isinstance(x, Adapter),
   )
+
+
+def _differs(carried: TensorRef, w: Any) -> bool:
+  """Whether a base weight that PEFT saved along is not the model's."""
+  if not isinstance(w, jax.Array) or not w.is_fully_addressable:
+    return False  # shapes only, or cut across hosts: not to be compared here
+  theirs = carried.read().T.astype(w.dtype)
+  return not np.array_equal(theirs, np.asarray(w))
 
 
 def placement(

@@ -59,8 +59,11 @@ class LoraSpec:
     if self.variant not in VARIANTS:
       problems.append(f'variant {self.variant!r} is none of {VARIANTS}')
     for where, rank in [('rank', self.rank), *self.rank_pattern.items()]:
-      if rank < 1:
-        problems.append(f'{where}: a rank of {rank} is below 1')
+      if type(rank) is not int or rank < 1:
+        problems.append(f'{where}: a rank of {rank} is no integer above 0')
+    for where, alpha in [('alpha', self.alpha), *self.alpha_pattern.items()]:
+      if not math.isfinite(alpha):
+        problems.append(f'{where}: an alpha of {alpha} is not finite')
     if not 0 <= self.dropout < 1:
       problems.append(f'dropout {self.dropout} is outside [0, 1)')
     if self.layers_to_transform and (

@@ -360,7 +360,7 @@ def edit_config(directory, **changes):
   ({'use_dora': True, 'bias': 'all'}, "use_dora=True, bias='all'"),
   ({'peft_type': 'LOHA'}, 'peft_type is not LORA'),
   ({'peft_type': None}, 'peft_type is not LORA'),
-  ({'r': 0}, 'a rank of 0 is below 1'),
+  ({'r': 0}, 'a rank of 0 is no integer above 0'),
   ({'r': '4'}, "wrong kind: r='4'"),
   ({'r': 4.0}, 'wrong kind: r=4.0'),
   ({'r': True}, 'wrong kind: r=True'),
@@ -612,3 +612,19 @@ def test_ranks_that_differ_within_a_stack_are_padded_and_cut(base, tmp_path):
   assert shapes == {A0: (3, 32), B0: (32, 3), A1: (5, 32), B1: (32, 5)}
   _, _, again = attach(tmp_path, base)
   same_trees(again, trainable)
+
+
+def test_a_head_that_peft_saved_along_must_be_the_models(
+  base, golden, tmp_path
+):
+  source = golden / 'mistral_window' / 'adapter_head'
+  directory = tmp_path / 'adapter'
+  shutil.copytree(source, directory)
+  loaded, _, _ = attach(directory, base)
+  assert list(loaded.carried) == ['lm_head']
+  file = directory / 'adapter_model.safetensors'
+  tensors = load_file(file)
+  tensors['base_model.model.lm_head.base_layer.weight'][0, 0] += 1
+  save_file(tensors, file)
+  with pytest.raises(ModelError, match='made on another lm_head'):
+    attach(directory, base)

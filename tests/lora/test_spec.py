@@ -37,14 +37,17 @@ def test_one_string_is_a_list_or_a_regex(text, names):
     ({'targets': ''}, 'targets is empty'),
     ({'targets': '(q'}, "'\\(q' is no regular expression"),
     ({'variant': 'dora'}, "variant 'dora' is none of"),
-    ({'rank': 0}, 'rank: a rank of 0 is below 1'),
-    ({'rank_pattern': {'v': 0}}, 'v: a rank of 0 is below 1'),
+    ({'rank': 0}, 'rank: a rank of 0 is no integer above 0'),
+    ({'rank': 2.0}, r'rank: a rank of 2\.0 is no integer above 0'),
+    ({'alpha': float('inf')}, 'alpha: an alpha of inf is not finite'),
+    ({'alpha_pattern': {'v': float('nan')}}, 'v: an alpha of nan is not'),
+    ({'rank_pattern': {'v': 0}}, 'v: a rank of 0 is no integer above 0'),
     ({'dropout': 1.0}, r'dropout 1.0 is outside \[0, 1\)'),
     (
       {'targets': 'all-linear', 'layers_to_transform': (0,)},
       'layers_to_transform needs targets given as names',
     ),
-    ({'rank': 0, 'dropout': -1}, 'rank of 0 is below 1; dropout -1'),
+    ({'rank': 0, 'dropout': -1}, 'rank of 0 is no integer above 0; dropout -1'),
   ],
 )
 def test_a_spec_that_makes_no_sense(changes, message):
