@@ -22,11 +22,15 @@ from lorax_train.models.params import DecoderConfig, Param
 _IGNORED_SUFFIX = '.rotary_emb.inv_freq'
 
 
-def find_model(path: str) -> Path:
+def find_model(path: str, remedy: str = 'give a local directory') -> Path:
   """A model directory: `path` itself, or the hub's copy of a repo id.
 
   Local paths touch no network. For a repo id only the files that we read are
   fetched: configs, tokenizer and safetensors.
+
+  Args:
+    path: as the user gave it.
+    remedy: what to do where the hub can't be reached.
 
   Raises:
     ModelError: no such directory, or the hub can't be reached or refuses.
@@ -38,13 +42,13 @@ def find_model(path: str) -> Path:
   if local.exists() or looks_local:
     what = 'is a file' if local.exists() else 'no such directory'
     raise ModelError(
-      f'model.path {path}: {what}; give a directory with config.json and'
+      f'model {path}: {what}; give a directory with config.json and'
       ' safetensors, or a hub id such as mistralai/Mistral-7B-v0.1'
     )
-  return _download(path)
+  return _download(path, remedy)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, remedy: str) -> Path:
   import huggingface_hub
 
   try:
@@ -63,14 +67,9 @@ def _download(repo_id: str) -> Path:
   except Exception as error:  # the hub's clients raise kinds of their own
     kind = type(error).__name__
     if 'Gated' in kind:
-      hint = f'accept its terms at the hub page of {repo_id} and set HF_TOKEN'
-    else:
-      hint = (
-        'without the hub give local ones: --config.model.path=DIR'
-        ' --config.data.path=FILE.json'
-      )
+      remedy = f'accept its terms at the hub page of {repo_id} and set HF_TOKEN'
     raise ModelError(
-      f'model.path {repo_id}: cannot be had from the hub ({kind}); {hint}'
+      f'model {repo_id}: cannot be had from the hub ({kind}); {remedy}'
     ) from None
 
 

@@ -27,6 +27,11 @@ from lorax_train.train.step import TrainState
 
 Tree = Any
 
+_WITHOUT_HUB = (
+  'without the hub give local ones: --config.model.path=DIR'
+  ' --config.data.path=FILE.json'
+)
+
 
 def run(cfg: TrainConfig) -> Path:
   """Trains, and returns the directory of the PEFT adapter.
@@ -49,7 +54,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   steps, adapter_dir = cfg.train.steps, run_dir / 'adapter'
 
   # --- configuration and rows before weights: cheap mistakes show first
-  model_dir = hf.find_model(cfg.model.path)
+  model_dir = hf.find_model(cfg.model.path, _WITHOUT_HUB)
   model_cfg = hf_config.read_config(model_dir)
   weights = safetensors.open_dir(model_dir)
   adapters = setup.plan_adapters(cfg, model_cfg)
