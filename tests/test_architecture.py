@@ -71,6 +71,7 @@ ONLY_IN = {
   'tokenizers': {'data/tokenize.py'},
   'sentencepiece': {'data/tokenize.py'},
   'huggingface_hub': {'data/', 'formats/'},
+  'gguf': {'formats/gguf.py'},
   'transformers': set(),
   'torch': set(),
   'peft': set(),
@@ -159,8 +160,9 @@ def test_every_package_imported_is_a_dependency(file):
     re.split(r'[>=\[]', line.strip().strip('",'))[0].replace('-', '_')
     for line in listed.splitlines()
   }
-  # absl-py, orbax-checkpoint; ml_dtypes is jax's own, and comes with it.
-  names |= {'absl', 'orbax', 'ml_dtypes'}
+  # absl-py, orbax-checkpoint; ml_dtypes is jax's own, and comes with it; gguf
+  # is an extra of its own.
+  names |= {'absl', 'orbax', 'ml_dtypes', 'gguf'}
   assert theirs(file) <= names
 
 

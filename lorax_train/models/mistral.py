@@ -13,7 +13,7 @@ H head dim, F mlp, V vocab, L layers.
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,22 @@ from lorax_train.parallel import constrain
 
 Array = Any
 REMAT_POLICIES = ('none', 'dots', 'full')
+KeysValues = tuple[Array, Array]  # [B, S, K, H] each; [L, ...] over layers
+
+
+class Cache(NamedTuple):
+  """Keys and values of tokens that went before, in S slots.
+
+  Attributes:
+    k_LBSKH: rotated keys, in the compute dtype.
+    v_LBSKH: values.
+    positions_BS: int32, each token's place in its row; negative where there
+      is none to attend to: padding, or a slot not filled yet.
+  """
+
+  k_LBSKH: Array
+  v_LBSKH: Array
+  positions_BS: Array
 
 
 class Attention(nn.Module):
@@ -36,9 +52,16 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Array, rope_BTH: Array, mask_BS: Array | None
-  ) -> Array:
-    """[B, T, D] -> [B, T, D]."""
+    self,
+    x_BTD: Array,
+    rope_BTH: Array,
+    mask: Array | None,
+    past: KeysValues | None = None,
+  ) -> tuple[Array, KeysValues]:
+    """[B, T, D] -> [B, T, D], and the keys and values of these T tokens.
+
+    `mask` is [B, S]; with a past, [B, 1, T, past and T] and the whole truth.
+    """
     cfg = self.cfg
     w_q, w_k, w_v, w_o = (
       weight(self, cfg, name)
@@ -48,9 +71,15 @@ class Attention(nn.Module):
     k_BSKH = _heads(ops.dot(x_BTD, w_k), cfg.kv_heads, 'kv_heads')
     v_BSKH = _heads(ops.dot(x_BTD, w_v), cfg.kv_heads, 'kv_heads')
     q_BTNH, k_BSKH = rotate(q_BTNH, rope_BTH), rotate(k_BSKH, rope_BTH)
-    out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask_BS)
+    new = k_BSKH, v_BSKH
+    if past is None:
+      out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask)
+    else:
+      k_BSKH = jnp.concatenate((past[0], k_BSKH), axis=1)
+      v_BSKH = jnp.concatenate((past[1], v_BSKH), axis=1)
+      out_BTNH = masked_attention(q_BTNH, k_BSKH, v_BSKH, mask)
     out_BTE = out_BTNH.reshape(*x_BTD.shape[:2], cfg.heads * cfg.head_dim)
-    return ops.dot(out_BTE, w_o)
+    return ops.dot(out_BTE, w_o), new
 
 
 class Mlp(nn.Module):
@@ -77,16 +106,23 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: Array, rope_BTH: Array, mask_BS: Array | None
-  ) -> tuple[Array, None]:
-    """The carry of the layer scan, and nothing stacked."""
+    self,
+    x_BTD: Array,
+    rope_BTH: Array,
+    mask: Array | None,
+    past: KeysValues | None = None,
+  ) -> tuple[Array, KeysValues | None]:
+    """The carry of the layer scan; stacked, with a past, keys and values."""
     cfg = self.cfg
     norm = functools.partial(rms_norm, eps=cfg.norm_eps)
     h_BTD = norm(x_BTD, weight(self, cfg, 'input_layernorm'))
-    x_BTD = x_BTD + Attention(cfg, name='self_attn')(h_BTD, rope_BTH, mask_BS)
+    attend = Attention(cfg, name='self_attn')
+    out_BTD, new = attend(h_BTD, rope_BTH, mask, past)
+    x_BTD = x_BTD + out_BTD
     h_BTD = norm(x_BTD, weight(self, cfg, 'post_attention_layernorm'))
     x_BTD = x_BTD + Mlp(cfg, name='mlp')(h_BTD)
-    return constrain(x_BTD, 'batch', None, None), None
+    x_BTD = constrain(x_BTD, 'batch', None, None)
+    return x_BTD, None if past is None else new
 
 
 class Decoder(nn.Module):
@@ -109,16 +145,26 @@ class Decoder(nn.Module):
     ids_BT: Array,
     positions_BT: Array | None = None,
     mask_BS: Array | None = None,
-  ) -> Array:
-    """Logits [B, T, V] in float32.
+    cache: Cache | None = None,
+  ) -> Any:
+    """Logits [B, T, V] in float32; with a cache, (logits, what T adds to it).
 
     Args:
       ids_BT: token ids, int32, each below V.
       positions_BT: rotary positions; None counts from 0 in each row.
       mask_BS: False where a token may not be attended to (padding); None
         where that cannot happen: padding on the right needs no mask.
+      cache: the tokens before these, which are then attended to as well; for
+        none before, a cache of no slots. It wants positions_BT, negative for
+        padding, and no mask_BS. `extend` puts into it what comes back.
     """
     cfg = self.cfg
+    past, mask = None, mask_BS
+    if cache is not None:
+      assert positions_BT is not None and mask_BS is None
+      positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape)
+      past = cache.k_LBSKH, cache.v_LBSKH
+      mask = visible(cfg.window, cache.positions_BS, positions_BT)[:, None]
     if positions_BT is None:
       positions_BT = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)[None]
     w_embed = weight(self, cfg, 'embed_tokens')
@@ -128,15 +174,43 @@ class Decoder(nn.Module):
       remat_block(self.remat),
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast),
+      in_axes=(nn.broadcast, nn.broadcast, 0),
       length=cfg.layers,
     )
     rope_BTH = rope_angles(cfg, positions_BT)
-    x_BTD, _ = layers(cfg, name='layers')(x_BTD, rope_BTH, mask_BS)
+    x_BTD, new = layers(cfg, name='layers')(x_BTD, rope_BTH, mask, past)
     x_BTD = rms_norm(x_BTD, weight(self, cfg, 'norm'), cfg.norm_eps)
     w_head = w_embed.T if cfg.tied else weight(self, cfg, 'lm_head')
     logits_BTV = ops.dot(x_BTD, w_head, jnp.float32)
-    return constrain(logits_BTV, 'batch', None, 'vocab')
+    logits_BTV = constrain(logits_BTV, 'batch', None, 'vocab')
+    if cache is None:
+      return logits_BTV
+    return logits_BTV, Cache(new[0], new[1], positions_BT)
+
+
+def empty_cache(cfg: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
+  """A cache of that many slots, with nothing in any of them."""
+  shape = (cfg.layers, rows, slots, cfg.kv_heads, cfg.head_dim)
+  kv = jnp.zeros(shape, dtype)
+  return Cache(kv, kv, jnp.full((rows, slots), -1, jnp.int32))
+
+
+def extend(cache: Cache, new: Cache, slot: Array | int) -> Cache:
+  """The cache with the slots from `slot` on overwritten by `new`."""
+  write = jax.lax.dynamic_update_slice_in_dim
+  return Cache(
+    write(cache.k_LBSKH, new.k_LBSKH, slot, 2),
+    write(cache.v_LBSKH, new.v_LBSKH, slot, 2),
+    write(cache.positions_BS, new.positions_BS, slot, 1),
+  )
+
+
+def visible(window: int | None, before_BS: Array, positions_BT: Array) -> Array:
+  """Which of the S tokens before and of the T see which: [B, T, S + T]."""
+  key = jnp.concatenate((before_BS, positions_BT), axis=1)[:, None, :]
+  query = positions_BT[:, :, None]
+  seen = (key >= 0) & (key <= query)
+  return seen if window is None else seen & (key > query - window)
 
 
 def remat_block(policy: str) -> type[nn.Module]:
@@ -189,7 +263,20 @@ def attention(
 
   Query t sees keys s with t - window < s <= t; scores scaled by 1/sqrt(H).
   """
-  mask = None if mask_BS is None else mask_BS[:, None, None, :]
+  return masked_attention(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    None if mask_BS is None else mask_BS[:, None, None],
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+  )
+
+
+def masked_attention(
+  q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BNTS: Array | None, **limits
+) -> Array:
+  """Softmax attention -> [B, T, N, H] by a mask and jax's own `limits`."""
   # jax's own code promotes bfloat16 to float32 here, also where the caller
   # has asked for strict dtypes.
   with jax.numpy_dtype_promotion('standard'):
@@ -197,10 +284,9 @@ def attention(
       q_BTNH,
       k_BSKH,
       v_BSKH,
-      mask=mask,
+      mask=mask_BNTS,
       scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
-      is_causal=True,
-      local_window_size=None if window is None else (window - 1, 0),
+      **limits,
     )
 
 

@@ -1,0 +1,225 @@
+"""A Hugging Face model directory from parameters: the inverse of hf.py.
+
+Everything that is not a weight is the source directory's own: its config.json
+with the dtype changed, its tokenizer, its generation_config.json. The
+directory is built under another name and moved in one step.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lorax_train import lora
+from lorax_train.errors import ConfigError, ModelError, one_line
+from lorax_train.formats import hf_config, safetensors
+from lorax_train.formats.jsonfile import read_object
+from lorax_train.formats.safetensors import few
+from lorax_train.models import params as params_lib
+from lorax_train.models.params import DecoderConfig, Param
+
+SHARD_BYTES = 4_000_000_000
+# What belongs to a model beside its weights and config.json.
+COPIED = (
+  'tokenizer.json',
+  'tokenizer.model',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'chat_template.json',
+  'generation_config.json',
+)
+
+
+class _Tensor(NamedTuple):
+  """A tensor to be written: stack index `layer` of `param`."""
+
+  name: str
+  param: Param
+  layer: int
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes on disk."""
+    return math.prod(self.shape) * self.dtype.itemsize
+
+
+def save_params(
+  directory: str | os.PathLike,
+  source: Path,
+  params: Any,
+  dtype: Any = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> int:
+  """Writes a model directory that transformers, and `hf.load_params`, read.
+
+  A weight under an adapter is written as W + scale A^T B, summed in float32
+  and rounded once, one layer at a time: the sum of all is never held.
+
+  Args:
+    directory: must not exist.
+    source: the directory that the parameters came from.
+    params: as `hf.load_params` gives them; linears may be `LoraWeight`s.
+    dtype: what to store; None for what each tensor has in `source`. Load in
+      `exact_dtype`, or it is rounded twice.
+    shard_bytes: above this much, several files and an index.
+
+  Returns:
+    The number of parameters.
+
+  Raises:
+    ConfigError: `directory` exists.
+    ModelError: numbers that are not finite in `dtype`.
+    OSError: disk full, no rights; nothing is left behind.
+  """
+  directory = Path(directory)
+  check_absent(directory)
+  cfg = hf_config.read_config(source)
+  shards = _shards(_tensors(cfg, source, dtype), shard_bytes)
+  building = directory.with_name(directory.name + '.tmp')
+  shutil.rmtree(building, ignore_errors=True)
+  building.mkdir(parents=True)
+  try:
+    _write_weights(building, shards, params)
+    _write_config(building, source, dtype)
+    for name in COPIED:
+      if (source / name).is_file():
+        shutil.copyfile(source / name, building / name)
+    for path in building.iterdir():
+      with open(path, 'rb') as opened:
+        os.fsync(opened.fileno())
+    building.rename(directory)
+  except SafetensorError as error:  # what a full disk is to that library
+    raise OSError(
+      f'{directory}: model not written: make room and run again:'
+      f' {one_line(error)}'
+    ) from error
+  finally:
+    shutil.rmtree(building, ignore_errors=True)
+  return params_lib.total(cfg)
+
+
+def check_absent(directory: str | os.PathLike) -> None:
+  """Refuses to write where there is something already.
+
+  Raises:
+    ConfigError: there is.
+  """
+  if os.path.lexists(directory):
+    raise ConfigError(
+      f'{directory} exists already: name another directory, or remove it first'
+    )
+
+
+def exact_dtype(source: Path, dtype: Any = None) -> np.dtype:
+  """The dtype to load in, so that saving in `dtype` rounds once.
+
+  The stored one, where it is that of all and stays so; else float32, which
+  holds all of them.
+  """
+  stored = {ref.dtype for ref in safetensors.open_dir(source).values()}
+  wanted = stored if dtype is None else {np.dtype(dtype)}
+  if len(stored) == 1 and stored == wanted and max(stored).itemsize <= 4:
+    return stored.pop()
+  return np.dtype(np.float32)
+
+
+def _tensors(cfg: DecoderConfig, source: Path, dtype: Any) -> list[_Tensor]:
+  """Everything to be written, in the order of the table, layer by layer."""
+  refs = safetensors.open_dir(source) if dtype is None else {}
+  tensors = []
+  for param in params_lib.table(cfg):
+    shape = params_lib.shape(cfg, param)[1 if param.stacked else 0 :]
+    shape = shape[::-1] if param.linear else shape
+    for layer, name in enumerate(params_lib.hf_names(cfg, param)):
+      # A tied matrix may be stored under the head's name.
+      ref = refs.get(name) or refs.get('lm_head.weight')
+      stored = np.dtype(dtype) if ref is None else ref.dtype
+      tensors.append(_Tensor(name, param, layer, shape, stored))
+  return sorted(tensors, key=lambda t: t.layer)
+
+
+def _shards(tensors: Sequence[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
+  """{file name: its tensors}; a file passes the limit by one tensor alone."""
+  groups: list[list[_Tensor]] = [[]]
+  size = 0
+  for tensor in tensors:
+    if groups[-1] and size + tensor.nbytes > limit:
+      groups.append([])
+      size = 0
+    groups[-1].append(tensor)
+    size += tensor.nbytes
+  if len(groups) == 1:
+    return {'model.safetensors': groups[0]}
+  return {
+    f'model-{n:05}-of-{len(groups):05}.safetensors': group
+    for n, group in enumerate(groups, 1)
+  }
+
+
+def _write_weights(
+  directory: Path, shards: Mapping[str, Sequence[_Tensor]], params: Any
+) -> None:
+  by_path = {
+    lora.path_of(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      params, is_leaf=lambda x: isinstance(x, lora.LoraWeight)
+    )
+  }
+  for file, tensors in shards.items():
+    arrays = {t.name: _array(t, by_path[t.param.path]) for t in tensors}
+    bad = [n for n, x in arrays.items() if not np.isfinite(x).all()]
+    if bad:
+      raise ModelError(
+        f'numbers that {tensors[0].dtype} cannot hold in {few(bad)}: write'
+        ' float32'
+      )
+    save_file(arrays, directory / file, metadata={'format': 'pt'})
+  if len(shards) > 1:
+    every = [tensor for tensors in shards.values() for tensor in tensors]
+    index = {
+      'metadata': {'total_size': sum(t.nbytes for t in every)},
+      'weight_map': {t.name: f for f, ts in shards.items() for t in ts},
+    }
+    _write_json(directory / 'model.safetensors.index.json', index)
+
+
+@np.errstate(over='ignore')  # what is past the dtype is not finite, and named
+def _array(tensor: _Tensor, leaf: Any) -> np.ndarray:
+  """One layer's matrix as Hugging Face stores it."""
+  if tensor.param.stacked:
+    leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
+  if isinstance(leaf, lora.LoraWeight):
+    # In true float32 on any device, where the default may be less.
+    with jax.default_matmul_precision('highest'):
+      leaf = lora.merge(
+        lora.Fixed(leaf.w, leaf.scale, None, ()), lora.Adapter(leaf.a, leaf.b)
+      )
+  array = np.asarray(leaf)
+  array = array.T if tensor.param.linear else array
+  return np.ascontiguousarray(array.astype(tensor.dtype))
+
+
+def _write_config(directory: Path, source: Path, dtype: Any) -> None:
+  """The source's config.json, saying what dtype the weights have now."""
+  raw = read_object(source / 'config.json')
+  if dtype is not None:
+    # transformers 5 writes `dtype` and reads both, older ones `torch_dtype`.
+    keys = [key for key in ('dtype', 'torch_dtype') if key in raw]
+    raw |= dict.fromkeys(keys or ['torch_dtype'], np.dtype(dtype).name)
+  _write_json(directory / 'config.json', raw)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + '\n', 'utf-8')
