@@ -14,6 +14,16 @@ GOLDEN = Path(__file__).parent / 'golden'
 SHARED = Path(__file__).parents[1].parent / 'shared'
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_compiled_programs():
+  """Each holds mappings of memory, of which a process may have only 65,530.
+
+  Past that LLVM ends the process, and says so where pytest doesn't show it.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def strict():
   """No silent promotion of dtypes or ranks in our own arithmetic."""
