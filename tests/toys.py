@@ -1,6 +1,8 @@
-"""Models of a few kilobytes, made here: the suite needs no file from outside."""
+"""Models of a few kilobytes and a full disk, made here: no file from outside."""
 
+import contextlib
 import json
+import resource
 
 import numpy as np
 import tokenizers
@@ -78,3 +80,18 @@ def write_tokenizer(directory):
 def random_ids(seed=0, shape=(2, 24), vocab=260):
   """int32 token ids."""
   return np.random.default_rng(seed).integers(0, vocab, shape, np.int32)
+
+
+@contextlib.contextmanager
+def full_disk(room):
+  """No file may grow past `room` bytes: what a full disk is, even to root.
+
+  Around the call under test alone: a log that pytest writes to has the same
+  limit, and may have passed it.
+  """
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,7 +7,6 @@ Orbax alone would restore most of them without a word.
 
 import json
 import os
-import resource
 import shutil
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from lorax_train.errors import ResumeError
 from lorax_train.lora import Adapter
 from lorax_train.train import checkpoint
 from lorax_train.train.step import TrainState
+from tests.toys import full_disk
 
 DATA = 'state/d'
 
@@ -405,26 +405,20 @@ def test_a_part_more_than_was_saved_is_refused(root):
 # --- writing fails
 
 
-@pytest.fixture
-def small_files():
-  """No file may grow past 64 KiB: what a full disk is, for one that is root."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def check_step_5_is_intact(root):
   assert names(root) == ['5']
   got = checkpoint.restore_latest(root, like(make_state(5)), nothing_to_note)
   assert_same(got, make_state(5))
 
 
-def test_a_full_disk_leaves_the_earlier_step(root, small_files, capfd):
+def test_a_full_disk_leaves_the_earlier_step(root, capfd):
   checkpoint.save(root, 5, make_state(5), keep=1)
   rng = np.random.default_rng(0)  # random: it must not compress
   big = {'w': jnp.asarray(rng.standard_normal(2**17), jnp.float32)}
-  with pytest.raises(OSError, match='checkpoint not written') as error:
+  with (
+    full_disk(2**16),
+    pytest.raises(OSError, match='checkpoint not written') as error,
+  ):
     checkpoint.save(root, 10, TrainState(jnp.int32(10), big, ()), keep=1)
   assert str(root / '10') in str(error.value)
   assert 'File too large' in str(error.value)

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -218,15 +217,6 @@ def test_a_signal_between_steps_loses_none_of_them(
 # --- writing the adapter
 
 
-@pytest.fixture
-def small_files():
-  """No file may grow past 4 KiB: what a full disk is, for one that is root."""
-  before = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, before[1]))
-  yield
-  resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def write_adapter(directory, value):
   """An adapter of 2 x 16 KiB whose factors are all `value`."""
   names = {'q_proj': ('model.layers.0.self_attn.q_proj',)}
@@ -250,12 +240,14 @@ def contents(directory):
   return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path, request):
+def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path):
   directory = tmp_path / 'adapter'
   write_adapter(directory, 1.0)
   before = contents(directory)
-  request.getfixturevalue('small_files')
-  with pytest.raises(OSError, match='adapter not written') as error:
+  with (
+    toys.full_disk(2**12),
+    pytest.raises(OSError, match='adapter not written') as error,
+  ):
     write_adapter(directory, 2.0)
   assert str(directory) in str(error.value)
   assert '\n' not in str(error.value)
