@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lorax_train import errors
 
@@ -15,6 +16,24 @@ class _Parser(argparse.ArgumentParser):
     raise errors.ConfigError(f'{self.prog}: {message}')
 
 
+# Options that several verbs have.
+_SHARED: dict[str, dict[str, Any]] = {
+  '--model': {'required': True, 'help': 'HF directory or hub id'},
+  '--adapter': {'help': 'PEFT adapter directory'},
+  '--dtype': {'choices': ('float32', 'bfloat16'), 'default': 'float32'},
+  '--batch-size': {'type': int, 'default': 8},
+  '--json': {'action': 'store_true', 'help': 'as JSON, an object a line'},
+}
+
+
+def _parser(verb: str, about: str | None, *shared: str) -> _Parser:
+  """A parser that has some of the shared options."""
+  parser = _Parser(f'lorax-train {verb}', description=about)
+  for name in shared:
+    parser.add_argument(name, **_SHARED[name])
+  return parser
+
+
 def train(argv: Sequence[str]) -> int:
   """Train adapters: --config FILE [--config.a.b=v ...]."""
   from lorax_train import main
@@ -24,18 +43,11 @@ def train(argv: Sequence[str]) -> int:
 
 def score(argv: Sequence[str]) -> int:
   """Logits and loss of token ids in an npz file."""
-  parser = _Parser('lorax-train score', description=score.__doc__)
-  parser.add_argument('--model', required=True, help='HF directory or hub id')
-  parser.add_argument('--adapter', help='PEFT adapter directory')
+  parser = _parser('score', score.__doc__, *_SHARED)
   parser.add_argument(
     '--tokens', required=True, help='npz: ids, optionally mask and labels'
   )
   parser.add_argument('--out', required=True, help='npz that gets logits, loss')
-  parser.add_argument(
-    '--dtype', choices=('float32', 'bfloat16'), default='float32'
-  )
-  parser.add_argument('--batch-size', type=int, default=8)
-  parser.add_argument('--json', action='store_true', help='report as JSON')
   args = parser.parse_args(argv)
   if args.batch_size < 1:
     raise errors.ConfigError(f'--batch-size {args.batch_size}: below 1')
@@ -59,9 +71,7 @@ def score(argv: Sequence[str]) -> int:
 
 def generate(argv: Sequence[str]) -> int:
   """Continue prompts."""
-  parser = _Parser('lorax-train generate', description=generate.__doc__)
-  parser.add_argument('--model', required=True, help='HF directory or hub id')
-  parser.add_argument('--adapter', help='PEFT adapter directory')
+  parser = _parser('generate', generate.__doc__, *_SHARED)
   parser.add_argument(
     '--prompt', action='append', default=[], help='may be given several times'
   )
@@ -70,11 +80,6 @@ def generate(argv: Sequence[str]) -> int:
   parser.add_argument('--temperature', type=float, default=0.0)
   parser.add_argument('--top-p', type=float, default=1.0)
   parser.add_argument('--seed', type=int, default=0)
-  parser.add_argument('--batch-size', type=int, default=8)
-  parser.add_argument(
-    '--dtype', choices=('float32', 'bfloat16'), default='float32'
-  )
-  parser.add_argument('--json', action='store_true', help='an object a line')
   args = parser.parse_args(argv)
   from lorax_train.infer import complete as room
 
@@ -115,23 +120,72 @@ def _lines(path: str) -> list[str]:
 
 def merge(argv: Sequence[str]) -> int:
   """Write a model with an adapter's update in its weights."""
-  parser = _Parser('lorax-train merge', description=merge.__doc__)
-  parser.add_argument('--model', required=True, help='HF directory or hub id')
-  parser.add_argument('--adapter', required=True, help='PEFT adapter directory')
+  parser = _parser('merge', merge.__doc__, '--model')
+  parser.add_argument('--adapter', required=True, **_SHARED['--adapter'])
   parser.add_argument('--out', required=True, help='directory, made here')
-  parser.add_argument(
-    '--dtype', choices=('float32', 'bfloat16'), help='default: as stored'
-  )
+  as_stored = {'default': None, 'help': 'default: as stored'}
+  parser.add_argument('--dtype', **_SHARED['--dtype'] | as_stored)
   args = parser.parse_args(argv)
-  from lorax_train.formats import hf, hf_save
+  from lorax_train.formats import find, hf_save
   from lorax_train.infer.load import load_params
 
   hf_save.check_absent(args.out)
-  source = hf.find_model(args.model)
+  source = find.find_model(args.model)
   exact = hf_save.exact_dtype(source, args.dtype)
   _, params = load_params(source, None, args.adapter, exact)
   count = hf_save.save_params(args.out, source, params, args.dtype)
   print(f'{count:,} parameters: {args.out}')
+  return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+  """Loss per learned token: of a run's held-out rows, or of a file's."""
+  from lorax_train.data.template import TEMPLATES, TOKENS
+
+  # What is not given keeps the default of the function that is called.
+  absent = argparse.SUPPRESS
+  parser = _Parser(
+    'lorax-train eval', description=evaluate.__doc__, argument_default=absent
+  )
+  parser.add_argument('--json', default=False, **_SHARED['--json'])
+  which = parser.add_mutually_exclusive_group(required=True)
+  which.add_argument('--run', help='run directory: its rows, its adapter')
+  which.add_argument('--model', help=_SHARED['--model']['help'])
+  of_file = parser.add_argument_group('with --model')
+  of_file.add_argument('--data', help='.json or .jsonl file, or a hub id')
+  of_file.add_argument('--template', choices=(*TEMPLATES, TOKENS))
+  of_file.add_argument('--adapter', **_SHARED['--adapter'])
+  of_file.add_argument('--max-length', type=int, help='of a row in tokens; 512')
+  of_file.add_argument(
+    '--truncation', choices=('drop', 'left', 'error'), help='drop'
+  )
+  of_file.add_argument('--on-bad-row', choices=('error', 'skip'), help='error')
+  of_file.add_argument('--rows', type=int, help='the first so many; 0 for all')
+  for name in ('--dtype', '--batch-size'):
+    of_file.add_argument(name, **_SHARED[name] | {'default': absent})
+  given = vars(parser.parse_args(argv))
+  as_json, run = given.pop('json'), given.pop('run', None)
+  of_run = run is not None
+  odd = given if of_run else {'data', 'template'} - {*given}
+  if odd:
+    names = ', '.join(f'--{n.replace("_", "-")}' for n in sorted(odd))
+    parser.error(f'--run has {names} of its own' if of_run else f'give {names}')
+  from lorax_train.train import evaluate as room
+
+  report = room.evaluate_run(run) if of_run else room.evaluate_file(**given)
+  print(json.dumps(report) if as_json else room.text(report))
+  return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+  """Say what a model, an adapter, a run or a checkpoint is."""
+  parser = _parser('inspect', inspect.__doc__, '--json')
+  parser.add_argument('path', metavar='PATH', help='a directory')
+  args = parser.parse_args(argv)
+  from lorax_train.train import inspection as room
+
+  facts, text = room.inspect(args.path)
+  print(json.dumps(facts) if args.json else text)
   return 0
 
 
@@ -140,6 +194,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
   'score': score,
   'generate': generate,
   'merge': merge,
+  'eval': evaluate,
+  'inspect': inspect,
 }
 
 

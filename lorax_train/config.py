@@ -174,10 +174,13 @@ class EvalSection:
     every: steps between two evaluations; before the first and after the last
       step there is one in any case.
     rows: rows held out of data.path (at most a tenth); 0 for none.
+    samples: held-out prompts that are continued at each evaluation, for
+      samples.md; 0 for none.
   """
 
   every: int = _key(100, at_least=1)
   rows: int = _key(64, at_least=0)
+  samples: int = _key(3, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,45 +13,11 @@ if [[ "${1:-}" == --all ]]; then
   shift
 fi
 
-# The first of the given commands that is a Python of at least 3.$1.
-find_python() {
-  local minor=$1 candidate
-  shift
-  for candidate in "$@"; do
-    if "$candidate" -c "import sys; sys.exit(sys.version_info < (3, $minor))" \
-      2>/dev/null; then
-      echo "$candidate"
-      return
-    fi
-  done
-  return 1
-}
-
-# A virtual environment in $1 by Python $2, with the extras $3 and whatever
-# further arguments pip is to get.
-environment() {
-  local dir=$1 python=$2 extras=$3
-  shift 3
-  [[ -x $dir/bin/python ]] || "$python" -m venv "$dir"
-  "$dir/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --editable ".[$extras]" "$@"
-}
-
-# The versions that the suite is known to pass with, for Python $1.
-known_good() {
-  if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
-    echo constraints/jax-0.12.0.1.txt
-  else
-    echo constraints/jax-0.10.2.txt
-  fi
-}
-
-python=$(find_python 11 "${PYTHON:-python3}" python3.11 python3.12 python3.13) || {
-  echo 'scripts/test.sh: needs Python 3.11 or newer; set PYTHON=' >&2
-  exit 2
-}
+source scripts/environment.sh
+python=$(our_python)
 echo "== environment ($python)"
 environment .venv "$python" test --constraint "$(known_good "$python")"
+smollm2 .venv
 bin=.venv/bin
 
 echo '== format, lint, types'
@@ -67,6 +33,7 @@ $bin/python -m pytest "$@"
 echo '== parity with transformers and PEFT'
 environment .venv-parity "$python" test,parity \
   --constraint "$(known_good "$python")"
+smollm2 .venv-parity
 OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest -m parity tests/parity
 
 # Found on PATH, or among pyenv's versions, whose shims need one selected.

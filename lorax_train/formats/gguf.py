@@ -72,7 +72,7 @@ _PERMUTED = ('self_attn.q_proj', 'self_attn.k_proj')
 
 def convert(
   gguf_file: str | os.PathLike,
-  directory: str | os.PathLike,
+  directory: str | os.PathLike | None = None,
   dtype: str = 'float32',
 ) -> Path:
   """Turns a GGUF file into a Hugging Face model directory, once.
@@ -82,20 +82,22 @@ def convert(
 
   Args:
     gguf_file: of architecture "llama", which Mistral's files are of as well.
-    directory: where to; absent, empty, or from an earlier call.
+    directory: where to; absent, empty, or from an earlier call. None for one
+      of its own among the user's caches, $XDG_CACHE_HOME or ~/.cache.
     dtype: float32, float16 or bfloat16, to store the weights in.
 
   Returns:
-    `directory`.
+    The directory.
 
   Raises:
     ModelError: the file is damaged or holds what we don't compute, the
       directory holds something else, or the package `gguf` is not installed.
   """
-  path, directory = Path(gguf_file), Path(directory)
+  path = Path(gguf_file)
   if dtype not in _DTYPES:
     raise ModelError(f'dtype {dtype!r} is none of {", ".join(_DTYPES)}')
   source = {**_source(path), 'dtype': dtype, 'converter': _CONVERTER}
+  directory = _in_cache(source) if directory is None else Path(directory)
   if _is_made(directory, source):
     return directory
   gguf = _package()
@@ -146,6 +148,14 @@ def _source(path: Path) -> dict[str, Any]:
   with open(path, 'rb') as file:
     digest = hashlib.file_digest(file, 'sha256').hexdigest()
   return {'name': path.name, 'size': path.stat().st_size, 'sha256': digest}
+
+
+def _in_cache(source: Mapping[str, Any]) -> Path:
+  """A directory that only the same contents in the same dtype can have."""
+  cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  kind = f'{source["sha256"][:12]}-{source["dtype"]}-{source["converter"]}'
+  stem = Path(source['name']).stem
+  return Path(cache) / 'lorax_train' / 'gguf' / f'{stem}-{kind}'
 
 
 def _is_made(directory: Path, source: Mapping[str, Any]) -> bool:

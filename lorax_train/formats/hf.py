@@ -1,7 +1,9 @@
-"""Hugging Face model directories: found, checked, and put onto a mesh."""
+"""Hugging Face model directories: checked, and put onto a mesh."""
 
+import concurrent.futures
 import difflib
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,57 +22,13 @@ from lorax_train.models.params import DecoderConfig, Param
 
 # Buffers that old checkpoints carry and nobody reads.
 _IGNORED_SUFFIX = '.rotary_emb.inv_freq'
+# Layers of a parameter that are read at the same time.
+_READERS = min(8, os.cpu_count() or 1)
+# In bytes: what XLA wants of memory that a CPU device is to use as it is.
+_ALIGNMENT = 64
 
-
-def find_model(path: str, remedy: str = 'give a local directory') -> Path:
-  """A model directory: `path` itself, or the hub's copy of a repo id.
-
-  Local paths touch no network. For a repo id only the files that we read are
-  fetched: configs, tokenizer and safetensors.
-
-  Args:
-    path: as the user gave it.
-    remedy: what to do where the hub can't be reached.
-
-  Raises:
-    ModelError: no such directory, or the hub can't be reached or refuses.
-  """
-  local = Path(os.path.expanduser(path))
-  if local.is_dir():
-    return local
-  looks_local = path.startswith(('.', '/', '~')) or path.count('/') != 1
-  if local.exists() or looks_local:
-    what = 'is a file' if local.exists() else 'no such directory'
-    raise ModelError(
-      f'model {path}: {what}; give a directory with config.json and'
-      ' safetensors, or a hub id such as mistralai/Mistral-7B-v0.1'
-    )
-  return _download(path, remedy)
-
-
-def _download(repo_id: str, remedy: str) -> Path:
-  import huggingface_hub
-
-  try:
-    return Path(
-      huggingface_hub.snapshot_download(
-        repo_id,
-        allow_patterns=[
-          '*.json',
-          'model*.safetensors',
-          'tokenizer.model',
-          '*.jinja',
-        ],
-        etag_timeout=5,
-      )
-    )
-  except Exception as error:  # the hub's clients raise kinds of their own
-    kind = type(error).__name__
-    if 'Gated' in kind:
-      remedy = f'accept its terms at the hub page of {repo_id} and set HF_TOKEN'
-    raise ModelError(
-      f'model {repo_id}: cannot be had from the hub ({kind}); {remedy}'
-    ) from None
+# (begin, end) of each axis.
+_Place = tuple[tuple[int, int], ...]
 
 
 def load_params(
@@ -103,39 +61,67 @@ def load_params(
     sharding = parallel.sharding(
       mesh, param.axes, params_lib.axis_units(cfg, param)
     )
-    by_path[param.path] = jax.make_array_from_callback(
+    by_path[param.path] = _load(
+      param,
+      sources[param.path],
       params_lib.shape(cfg, param),
+      np.dtype(dtype),
       sharding,
-      _reader(param, sources[param.path], np.dtype(dtype)),
     )
   _check_finite(directory, cfg, by_path, sources, mesh)
   return params_lib.nest(by_path)
 
 
-def _reader(
-  param: Param, refs: Sequence[TensorRef], dtype: np.dtype
-) -> Callable[[Any], np.ndarray]:
-  """What brings one device's slice of a parameter from the files."""
+def _load(
+  param: Param,
+  refs: Sequence[TensorRef],
+  shape: tuple[int, ...],
+  dtype: np.dtype,
+  sharding: jax.sharding.Sharding,
+) -> jax.Array:
+  """One parameter: the parts that our devices hold, each read once.
 
-  def one(ref: TensorRef, index: Sequence[slice]) -> np.ndarray:
-    if param.linear:
-      return ref.read(index[::-1]).T
-    return ref.read(index)
+  Devices that hold the same part are given the same memory; those of a CPU
+  keep it as it is, so the part is in memory once.
+  """
+  parts: dict[_Place, np.ndarray] = {}
+  for index in sharding.addressable_devices_indices_map(shape).values():
+    place = _place(index, shape)
+    if place not in parts:
+      parts[place] = _aligned([end - begin for begin, end in place], dtype)
 
   @np.errstate(over='ignore')  # what is past the dtype is not finite, and named
-  def read(index: tuple[slice, ...]) -> np.ndarray:
-    if not param.stacked:
-      return one(refs[0], index).astype(dtype)
-    layers = refs[index[0]]
-    parts = (one(ref, index[1:]) for ref in layers)
-    first = next(parts)
-    out = np.empty((len(layers), *first.shape), dtype)
-    out[0] = first
-    for i, part in enumerate(parts, 1):
-      out[i] = part
-    return out
+  def read(layer: int) -> None:
+    wanted = []
+    for place, part in parts.items():
+      index = [slice(*ends) for ends in place]
+      out = part
+      if param.stacked:  # no mesh axis cuts `layers`
+        index, out = index[1:], part[layer]
+      wanted.append((index[::-1], out.T) if param.linear else (index, out))
+    refs[layer].read_into(wanted)
 
-  return read
+  with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+    list(pool.map(read, range(len(refs))))  # raises what a reader raised
+  array = jax.make_array_from_callback(
+    shape, sharding, lambda index: parts[_place(index, shape)]
+  )
+  # On its way to an accelerator, one parameter at a time is in our memory.
+  return jax.block_until_ready(array)
+
+
+def _place(index: Sequence[slice] | None, shape: Sequence[int]) -> _Place:
+  """(begin, end) of each axis: a slice is no key of a dict."""
+  assert index is not None  # which jax allows of arrays that have no axes
+  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+  """Room for an array, not filled, which no CPU device needs to copy."""
+  nbytes = math.prod(shape) * dtype.itemsize
+  room = np.empty(nbytes + _ALIGNMENT, np.uint8)
+  begin = -room.ctypes.data % _ALIGNMENT
+  return room[begin : begin + nbytes].view(dtype).reshape(shape)
 
 
 def _match(
@@ -222,9 +208,11 @@ def _check_finite(
 @functools.cache
 def _finite(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
   """(x, axes) -> whether all of x over these axes is finite, [...] or [1]."""
-  # Every host of a run needs the answer, whoever holds the weights.
+  # Every host of a run needs the answer, whoever holds the weights. A number
+  # times 0 is 0 where it is finite and NaN where it isn't. On a CPU,
+  # isfinite(x).all() would hold as many booleans, and max() may lose a NaN.
   return jax.jit(
-    lambda x, axes: jnp.atleast_1d(jnp.isfinite(x).all(axes)),
+    lambda x, axes: jnp.atleast_1d((x * 0).sum(axes, dtype=jnp.float32) == 0),
     static_argnums=1,
     out_shardings=parallel.replicated(mesh),
   )

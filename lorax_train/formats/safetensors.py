@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,10 @@ DTYPES = {
 }
 
 _HEAD_BYTES = 65536
+# Of a transposed copy: a tile is to fit in the second-level cache. Its rows are
+# a cache line longer than a power of 2.
+_TILE = (128, 512)
+_PAD_BYTES = 64
 _LFS_HEAD = b'version https://git-lfs.github.com'
 
 
@@ -60,13 +64,59 @@ class TensorRef(NamedTuple):
     Args:
       index: one slice of step 1 an axis; None for all.
     """
-    at = ... if index is None else tuple(index)
+    return np.array(self._mapped()[... if index is None else tuple(index)])
+
+  def read_into(
+    self, parts: Iterable[tuple[Sequence[slice], np.ndarray]]
+  ) -> None:
+    """Several parts of the tensor, each into an array that is there already.
+
+    No part is held a second time on the way, and the file is mapped once.
+
+    Args:
+      parts: slices as for `read`, and where they go: an array of that part's
+        shape, in any order of memory; numbers are cast to its dtype.
+    """
+    mapped = self._mapped()
+    for index, out in parts:
+      _copy(mapped[tuple(index)], out)
+
+  def _mapped(self) -> np.ndarray:
+    """The tensor as a view of its file, of which nothing is read yet."""
     if not self.nbytes:  # there is nothing to map
-      return np.zeros(self.shape, self.dtype)[at]
-    whole = np.memmap(
+      return np.zeros(self.shape, self.dtype)
+    return np.memmap(
       self.file, self.dtype, 'r', offset=self.offset, shape=self.shape
     )
-    return np.array(whole[at])
+
+
+def _copy(source: np.ndarray, out: np.ndarray) -> None:
+  """Writes `source` into `out`, cast to its dtype.
+
+  A matrix that comes to stand transposed goes by tiles. Read down the columns
+  of the file, rows whose length is a power of 2 all fall on the same few lines
+  of the cache; those of a tile, a little longer, do not.
+  """
+  assert source.shape == out.shape
+  if source.dtype == out.dtype:
+    source, out = _bits(source), _bits(out)
+  if out.ndim != 2 or out.strides[0] >= out.strides[1]:
+    np.copyto(out, source, casting='unsafe')
+    return
+  rows, columns = _TILE
+  room = np.empty((rows, columns + _PAD_BYTES // out.itemsize), out.dtype)
+  out = _bits(out)
+  for i in range(0, len(source), rows):
+    for j in range(0, source.shape[1], columns):
+      part = source[i : i + rows, j : j + columns]
+      tile = room[: part.shape[0], : part.shape[1]]
+      np.copyto(tile, part, casting='unsafe')
+      out[i : i + rows, j : j + columns] = _bits(tile)
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+  """The same numbers as unsigned integers, which numpy copies fastest."""
+  return x.view(f'u{x.itemsize}')
 
 
 def open_file(path: str | os.PathLike) -> dict[str, TensorRef]:

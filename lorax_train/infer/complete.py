@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lorax_train.data import tokenize
 from lorax_train.errors import DataError
-from lorax_train.formats import hf, hf_config
+from lorax_train.formats import find, hf_config
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.infer.generate import Options, batches, check_prompts
 from lorax_train.infer.load import load_params
@@ -39,7 +39,7 @@ def complete(
     DataError: what is wrong with a prompt.
     ModelError: what is wrong with the model, the tokenizer or the adapter.
   """
-  directory = hf.find_model(model)
+  directory = find.find_model(model)
   cfg = hf_config.read_config(directory)
   tokenizer = tokenize.load_tokenizer(directory)
   tokenize.check_vocabulary(tokenizer, cfg.vocab)
@@ -48,17 +48,17 @@ def complete(
     'max_position_embeddings'
   )
   check_prompts(prompts, cfg.vocab, options, longest)
-  stop_ids = _stop_ids(directory, tokenizer)
+  stops = stop_ids(directory, tokenizer)
   _, params = load_params(directory, None, adapter, dtype)
   done = 0
   for rows, seconds in batches(
-    Decoder(cfg, dtype), params, prompts, options, stop_ids
+    Decoder(cfg, dtype), params, prompts, options, stops
   ):
     speed = sum(map(len, rows)) / seconds
     for ids in rows:
       yield {
         'prompt': texts[done],
-        'text': _continuation(tokenizer, prompts[done], ids),
+        'text': continuation(tokenizer, prompts[done], ids),
         'ids': ids,
         'tokens_per_second': speed,
       }
@@ -78,7 +78,7 @@ def _encode(
   return [bos + ids for ids in tokenizer.encode(texts)]
 
 
-def _stop_ids(directory: Path, tokenizer: tokenize.Tokenizer) -> list[int]:
+def stop_ids(directory: Path, tokenizer: tokenize.Tokenizer) -> list[int]:
   """The tokenizer's EOS, and what generation_config.json says besides."""
   path = directory / 'generation_config.json'
   said = read_object(path).get('eos_token_id') if path.is_file() else None
@@ -86,7 +86,7 @@ def _stop_ids(directory: Path, tokenizer: tokenize.Tokenizer) -> list[int]:
   return [tokenizer.eos_id, *(id for id in more if type(id) is int)]
 
 
-def _continuation(
+def continuation(
   tokenizer: tokenize.Tokenizer, prompt: list[int], ids: list[int]
 ) -> str:
   """Text of new tokens; alone, sentencepiece would drop a first blank."""

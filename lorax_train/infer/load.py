@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lorax_train import lora, parallel
 from lorax_train.data import tokenize
-from lorax_train.formats import hf, hf_config, peft
+from lorax_train.formats import find, hf, hf_config, peft
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
 
@@ -42,7 +42,7 @@ def load(
   Raises:
     ModelError: what is wrong with the files.
   """
-  directory = hf.find_model(path)
+  directory = find.find_model(path)
   apply, params = load_params(directory, mesh, adapter, dtype, param_dtype)
   return apply, params, tokenize.load_tokenizer(directory)
 

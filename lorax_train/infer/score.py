@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from lorax_train.errors import DataError, one_line
-from lorax_train.formats import hf
+from lorax_train.formats import find
 from lorax_train.infer.load import load_params
 
 IGNORED = -100
@@ -58,7 +58,7 @@ def score(
     ModelError: what is wrong with the model or the adapter.
   """
   arrays = _read(Path(tokens))
-  apply, params = load_params(hf.find_model(model), None, adapter, dtype)
+  apply, params = load_params(find.find_model(model), None, adapter, dtype)
   _check_ids(arrays, params['embed_tokens'].shape[0], str(tokens))
   run = jax.jit(lambda params, ids, mask: apply(params, ids, mask_BS=mask))
   logits = np.concatenate(

@@ -94,6 +94,31 @@ def latest_step(root: Path) -> int | None:
   return steps[-1] if steps else None
 
 
+def describe(directory: Path) -> dict[str, Any]:
+  """What a step on disk holds, and whether it is as it was written.
+
+  Args:
+    directory: of the step; one that was set aside or never finished will do.
+
+  Returns:
+    {'path', 'leaves': {name: 'float32[2, 3]'}, 'files', 'bytes', 'problem'}:
+    the last is None where the step could be restored.
+  """
+  sizes = [p.stat().st_size for p in directory.rglob('*') if p.is_file()]
+  try:
+    leaves = dict(json.loads((directory / LEAVES).read_text('utf-8')))
+  except (OSError, ValueError, TypeError):
+    leaves = {}
+  finished = (directory / MANIFEST).exists()
+  return {
+    'path': str(directory),
+    'leaves': leaves,
+    'files': len(sizes),
+    'bytes': sum(sizes),
+    'problem': _problem(directory) if finished else f'no {MANIFEST}',
+  }
+
+
 def write_atomically(path: Path, text: str) -> None:
   """Writes a text file so that it is there whole or not at all."""
   temporary = path.with_name(path.name + '.tmp')
@@ -178,7 +203,7 @@ def _problem(directory: Path) -> str | None:
     found = _digests(directory)
   except (OSError, ValueError, KeyError, TypeError) as error:
     return f'{MANIFEST}: {type(error).__name__}'
-  if str(step) != directory.name:
+  if str(step) != directory.name.removesuffix(_CORRUPT):
     return f'{MANIFEST} is that of step {step}'
   for name in sorted({*listed, *found}):
     if listed.get(name) != found.get(name):

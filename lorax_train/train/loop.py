@@ -5,7 +5,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,21 @@ import numpy as np
 from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import batches
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
-from lorax_train.formats import hf, hf_config, safetensors
-from lorax_train.train import checkpoint, export, optim, report, rundir, setup
+from lorax_train.formats import find, hf, hf_config, safetensors
+from lorax_train.train import (
+  checkpoint,
+  export,
+  metrics,
+  optim,
+  plot,
+  report,
+  rundir,
+  samples,
+  setup,
+)
 from lorax_train.train import step as step_lib
+from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
 from lorax_train.train.setup import Rows
 from lorax_train.train.step import TrainState
@@ -54,7 +64,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   steps, adapter_dir = cfg.train.steps, run_dir / 'adapter'
 
   # --- configuration and rows before weights: cheap mistakes show first
-  model_dir = hf.find_model(cfg.model.path, _WITHOUT_HUB)
+  model_dir = find.find_model(cfg.model.path, _WITHOUT_HUB)
   model_cfg = hf_config.read_config(model_dir)
   weights = safetensors.open_dir(model_dir)
   adapters = setup.plan_adapters(cfg, model_cfg)
@@ -68,11 +78,13 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   shapes, _ = setup.abstract(cfg, model_cfg, adapters)
   say(report.banner(cfg, shapes, adapters.names, mesh,
                     setup.rows_summary(rows), rows.length, run_dir))  # fmt: skip
+  chosen = samples.choose(rows, cfg.eval.samples)
   done = checkpoint.latest_step(run_dir / 'checkpoints') or 0
   if done > steps:
     raise ConfigError(f'train.steps={steps}: {run_dir} is at step {done}')
   if done == steps and adapter_dir.is_dir():
-    say(f'already done: {steps} steps, adapter in {adapter_dir}')
+    say(f'already done: {steps} steps')
+    say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done)))
     return adapter_dir
   rundir.write_config(run_dir, mapping, inputs)
 
@@ -106,12 +118,20 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     )
     batch, _ = rows.batch(cfg, mesh, 0)
     train_step = step.lower(state, frozen, batch).compile()
-    evaluate = _make_evaluate(cfg, apply, frozen, rows, mesh)
+    evaluate = make_evaluate(apply, frozen, rows, cfg.train.batch_size, mesh)
+    answer = samples.make_answer(
+      cfg, model_cfg, model_dir, frozen, rows, chosen
+    )
     say(f'compiled   {time.monotonic() - began:.1f} s')
 
-    state, held_out = _train(
-      cfg, run_dir, train_step, evaluate, state, frozen, rows, mesh, stop
-    )
+    start = int(state.step)
+    progress = Progress(start, steps)
+    with contextlib.closing(MetricsLog(run_dir, start)) as log:
+      look = _make_look(run_dir, evaluate, answer, chosen, log, progress)
+      state = _train(
+        cfg, run_dir, train_step, look, state, frozen, rows, mesh, stop, log,
+        progress,
+      )  # fmt: skip
 
     # --- the adapter, read back before anything is called done
     export.write_adapter(
@@ -121,27 +141,53 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       adapters,
       cfg,
       rows.tokenizer,
-      held_out,
+      report.held_out(log.lines),
     )
-  say(f'{held_out}\nadapter    {adapter_dir}')
+  if chosen:
+    say('\n' + samples.before_and_after(chosen, log.lines))
+  say(report.end_card(run_dir, model_dir, log.lines))
   return adapter_dir
+
+
+def _make_look(
+  run_dir: Path,
+  evaluate: Callable[[Tree], float | None],
+  answer: Callable[[Tree], samples.Texts],
+  chosen: Sequence[samples.Sample],
+  log: MetricsLog,
+  progress: Progress,
+) -> Callable[[int, Tree], None]:
+  """(step, trainable) -> held-out loss and samples, logged and drawn."""
+
+  def look(at: int, trainable: Tree) -> None:
+    loss = evaluate(trainable)
+    if loss is not None:
+      log.write(at, eval_loss=loss)
+      progress.held_out(at, loss)
+    texts = answer(trainable)
+    if texts:
+      log.write(at, samples=texts)
+      text = samples.to_markdown(chosen, log.lines)
+      (run_dir / samples.FILE).write_text(text, 'utf-8')
+    plot.loss_curve(log.lines, run_dir / plot.FILE)
+
+  return look
 
 
 def _train(
   cfg: TrainConfig,
   run_dir: Path,
   train_step: Callable[..., Any],
-  evaluate: Callable[[Tree], float | None],
+  look: Callable[[int, Tree], None],
   state: TrainState,
   frozen: Tree,
   rows: Rows,
   mesh: jax.sharding.Mesh,
   stop: list[str],
-) -> tuple[TrainState, str]:
+  log: MetricsLog,
+  progress: Progress,
+) -> TrainState:
   """Steps until the last one, or until asked to stop.
-
-  Returns:
-    The state, and what became of the held-out loss, in words.
 
   Raises:
     StoppedError: on SIGTERM or ctrl-C, with a checkpoint of where it was.
@@ -149,47 +195,37 @@ def _train(
   """
   steps, start = cfg.train.steps, int(state.step)
   schedule = optim.make_schedule(setup.optim_config(cfg))
-  log, progress = MetricsLog(run_dir, start), Progress(start, steps)
   pending: list[tuple[dict[str, jax.Array], int]] = []
   saved, began = start, time.monotonic()
 
-  def hold_out(at: int) -> None:
-    loss = evaluate(state.trainable)
-    if loss is not None:
-      log.write(at, eval_loss=loss)
-      progress.say(f'step {at}/{steps}  held-out loss {loss:.4f}')
-
-  with contextlib.closing(log):
-    if start == 0:
-      hold_out(0)
-    for at in range(start + 1, steps + 1):
-      # A stop asked for after the last step's own look at it takes one more
-      # step, which is then saved.
-      if stop and saved == at - 1:
-        break
-      batch, tokens = rows.batch(cfg, mesh, at - 1)
-      state, metrics = train_step(state, frozen, batch)
-      pending.append((metrics, tokens))
-      last = at == steps or bool(stop)
-      save = last or at % cfg.checkpoint.every == 0
-      held_out = at == steps or at % cfg.eval.every == 0
-      if save or held_out or at % cfg.train.log_every == 0:
-        _flush(pending, at, began, schedule, log, progress)
-        if held_out:
-          hold_out(at)
-        if save:
-          log.sync()
-          checkpoint.save(
-            run_dir / 'checkpoints', at, state, cfg.checkpoint.keep
-          )
-          saved = at
-        pending, began = [], time.monotonic()
-    if int(state.step) < steps:
-      raise StoppedError(
-        f'stopped by {stop[0]} at step {int(state.step)} of {steps}, nothing'
-        ' lost: run the same command again to continue'
-      )
-    return state, log.summary('eval_loss', 'held-out loss', 'no rows held out')
+  if start == 0:
+    look(0, state.trainable)
+  for at in range(start + 1, steps + 1):
+    # A stop asked for after the last step's own look at it takes one more
+    # step, which is then saved.
+    if stop and saved == at - 1:
+      break
+    batch, tokens = rows.batch(cfg, mesh, at - 1)
+    state, measured = train_step(state, frozen, batch)
+    pending.append((measured, tokens))
+    last = at == steps or bool(stop)
+    save = last or at % cfg.checkpoint.every == 0
+    held_out = at == steps or at % cfg.eval.every == 0
+    if save or held_out or at % cfg.train.log_every == 0:
+      _flush(pending, at, began, schedule, log, progress)
+      if held_out:
+        look(at, state.trainable)
+      if save:
+        log.sync()
+        checkpoint.save(run_dir / 'checkpoints', at, state, cfg.checkpoint.keep)
+        saved = at
+      pending, began = [], time.monotonic()
+  if int(state.step) < steps:
+    raise StoppedError(
+      f'stopped by {stop[0]} at step {int(state.step)} of {steps}, nothing'
+      ' lost: run the same command again to continue'
+    )
+  return state
 
 
 def _flush(
@@ -219,35 +255,7 @@ def _flush(
       learning_rate=float(schedule(i)),
       tokens_per_second=tps,
     )
-  progress.report(at, loss, float(schedule(at - 1)), tps)
-
-
-def _make_evaluate(
-  cfg: TrainConfig,
-  apply: step_lib.Apply,
-  frozen: Tree,
-  rows: Rows,
-  mesh: jax.sharding.Mesh,
-) -> Callable[[Tree], float | None]:
-  """trainable -> mean loss a learned token over the held-out rows."""
-  eval_step = jax.jit(step_lib.make_eval_step(apply))
-  sharding = parallel.batch_sharding(mesh, axis=0)
-
-  def evaluate(trainable: Tree) -> float | None:
-    total, count = 0.0, 0
-    for batch in batches.eval_batches(
-      rows.eval_set,
-      rows.eval_rows,
-      cfg.train.batch_size,
-      rows.length,
-      rows.pad_id,
-    ):
-      micro = {name: batch[name] for name in ('ids', 'labels')}
-      loss, n = eval_step(trainable, frozen, jax.device_put(micro, sharding))
-      total, count = total + float(loss), count + int(n)
-    return total / count if count else None
-
-  return evaluate
+  progress.report(at, loss, float(schedule(at - 1)), tps, seconds)
 
 
 @contextlib.contextmanager

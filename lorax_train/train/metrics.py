@@ -1,36 +1,51 @@
-"""metrics.jsonl and the progress line."""
+"""metrics.jsonl, the same for TensorBoard, and the progress line."""
 
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import IO, Any
 
 from lorax_train.train.checkpoint import write_atomically
 
 FILE = 'metrics.jsonl'
+BOARD = 'tensorboard'
+
+Line = dict[str, Any]
 
 
 class MetricsLog:
   """Appends to metrics.jsonl; a resumed run continues it without overlap.
 
   Each line is a JSON object with `step` (updates made) and what was measured.
+  Its numbers go to TensorBoard's event files as well.
+
+  Attributes:
+    lines: all of them, those of earlier runs included.
   """
 
   def __init__(self, run_dir: Path, resumed_at: int):
     """Opens the file and keeps the lines of steps up to `resumed_at`."""
-    path = run_dir / FILE
-    self._lines = _lines_up_to(path, resumed_at)
+    from tensorboardX import SummaryWriter
+
+    self.lines = read(run_dir, resumed_at)
     # In one move: a crash now must not take the lines that were kept.
-    write_atomically(path, ''.join(json.dumps(x) + '\n' for x in self._lines))
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+    text = ''.join(json.dumps(line) + '\n' for line in self.lines)
+    write_atomically(run_dir / FILE, text)
+    self._file = open(run_dir / FILE, 'a', encoding='utf-8')  # noqa: SIM115
+    # TensorBoard then forgets the later steps of the run that was cut off.
+    self._board = SummaryWriter(
+      str(run_dir / BOARD), purge_step=resumed_at + 1 if resumed_at else None
+    )
 
   def write(self, step: int, **values: Any) -> None:
     """One line; floats are written so that they read back equal."""
-    self._lines.append({'step': step, **values})
-    self._file.write(json.dumps(self._lines[-1]) + '\n')
+    self.lines.append({'step': step, **values})
+    self._file.write(json.dumps(self.lines[-1]) + '\n')
     self._file.flush()
+    for key, value in values.items():
+      if isinstance(value, float):
+        self._board.add_scalar(key, value, step)
 
   def sync(self) -> None:
     """Brings what was written to the disk."""
@@ -38,30 +53,35 @@ class MetricsLog:
     os.fsync(self._file.fileno())
 
   def close(self) -> None:
-    """Closes the file."""
+    """Closes the files."""
     self._file.close()
-
-  def summary(self, key: str, label: str, absent: str) -> str:
-    """'label 2.1 -> 1.4': the first and the last value of a key."""
-    values = [line[key] for line in self._lines if key in line]
-    if not values:
-      return absent
-    return f'{label} {values[0]:.4f} -> {values[-1]:.4f}'
+    self._board.close()
 
 
 class Progress:
   """A line a report: overwritten on a terminal, plain lines elsewhere."""
 
   def __init__(self, start: int, steps: int, out: IO[str] | None = None):
-    """Starts the clock at step `start` of `steps`."""
+    """Nothing is said yet: a run at step `start` of `steps`."""
     self._out = out or sys.stdout
     self._start, self._steps = start, steps
     self._live = self._out.isatty()
-    self._began = time.monotonic()
+    self._seconds = 0.0
 
-  def report(self, step: int, loss: float, lr: float, tps: float) -> None:
-    """Says how far training is, and when it will be done at this pace."""
-    pace = (time.monotonic() - self._began) / (step - self._start)
+  def report(
+    self, step: int, loss: float, lr: float, tps: float, seconds: float
+  ) -> None:
+    """Says how far training is, and when it will be done at this pace.
+
+    Args:
+      step: updates made.
+      loss: of the last of them.
+      lr: its learning rate.
+      tps: tokens a second since the last report.
+      seconds: that the steps since then took.
+    """
+    self._seconds += seconds
+    pace = self._seconds / (step - self._start)
     minutes, seconds = divmod(int(pace * (self._steps - step)), 60)
     text = (
       f'step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.2e}'
@@ -71,14 +91,16 @@ class Progress:
     self._out.write(f'{text:<79}{end}' if self._live else text + end)
     self._out.flush()
 
-  def say(self, text: str) -> None:
-    """A line of its own."""
+  def held_out(self, step: int, loss: float) -> None:
+    """The held-out loss, on a line of its own."""
+    text = f'step {step}/{self._steps}  held-out loss {loss:.4f}'
     self._out.write(f'{text:<79}\n' if self._live else text + '\n')
     self._out.flush()
 
 
-def _lines_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+def read(run_dir: Path, step: int) -> list[Line]:
   """The lines of the steps that the checkpoint at `step` includes."""
+  path = run_dir / FILE
   if not path.exists() or not step:
     return []
   kept = []

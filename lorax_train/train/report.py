@@ -1,5 +1,8 @@
-"""What a run tells its user: the banner, and the adapter's model card."""
+"""What a run tells its user: the banner, the end card, the model card."""
 
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ import jax
 
 from lorax_train import lora
 from lorax_train.config import TrainConfig
+from lorax_train.train import plot, samples
 
 
 def banner(
@@ -69,7 +73,65 @@ def targets(frozen: Any, names: Mapping[str, Sequence[str]]) -> str:
   return ', '.join(parts)
 
 
-def model_card(cfg: TrainConfig, spec: lora.LoraSpec, held_out: str) -> str:
+def held_out(lines: Sequence[Mapping[str, Any]]) -> str:
+  """'held-out loss 2.1000 -> 1.4000 (-33.3 %)', from metrics.jsonl."""
+  values = [line['eval_loss'] for line in lines if 'eval_loss' in line]
+  if not values:
+    return 'no rows held out'
+  first, last = values[0], values[-1]
+  change = 100 * (last / first - 1)
+  return f'held-out loss {first:.4f} -> {last:.4f} ({change:+.1f} %)'
+
+
+def end_card(
+  run_dir: Path, model_dir: Path, lines: Sequence[Mapping[str, Any]]
+) -> str:
+  """What came out, where it is, and the commands to use it.
+
+  Args:
+    run_dir: of the run.
+    model_dir: the base, as files.
+    lines: of metrics.jsonl.
+  """
+  adapter = run_dir / 'adapter'
+  size = sum(path.stat().st_size for path in adapter.iterdir())
+  lorax = f'{_python()} -m lorax_train'
+  both = f'--model {_quoted(model_dir)} --adapter {_quoted(adapter)}'
+  merged = _quoted(run_dir / 'merged')
+  made = {
+    'adapter': f'{adapter} ({size / 1e6:.1f} MB with its tokenizer)',
+    'loss': str(run_dir / plot.FILE),
+  }
+  if (run_dir / samples.FILE).is_file():
+    made['samples'] = str(run_dir / samples.FILE)
+  return '\n'.join([
+    held_out(lines),
+    *(f'{key:<10} {value}' for key, value in made.items()),
+    '',
+    'use it:',
+    f"  {lorax} generate {both} --prompt '...'",
+    f'  {lorax} merge {both} --out {merged}',
+    f'  {lorax} inspect {_quoted(adapter)}',
+    '  PeftModel.from_pretrained('
+    f'AutoModelForCausalLM.from_pretrained({str(model_dir)!r}),'
+    f' {str(adapter)!r})',
+  ])  # fmt: skip
+
+
+def _python() -> str:
+  """What a shell must be told to run this Python."""
+  here, path = Path.cwd(), Path(sys.executable)
+  found = shutil.which('python')
+  if found and Path(found).parent == path.parent:
+    return 'python'
+  return _quoted(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _quoted(path: Path) -> str:
+  return shlex.quote(str(path))
+
+
+def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
   """README.md of an adapter directory, with the hub's front matter."""
   base = cfg.model.path
   # The hub wants a repo id there; a path of this machine is nobody's business.
@@ -96,7 +158,7 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, held_out: str) -> str:
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
     f' rows, template `{cfg.data.template}`, peak learning rate'
     f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
-    f'- {held_out}',
+    f'- {result}',
     '',
   ]
   return '\n'.join(lines)

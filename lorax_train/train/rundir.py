@@ -29,6 +29,7 @@ _INPUTS = {
 _FREE = (
   'checkpoint.',
   'eval.every',
+  'eval.samples',
   'mesh.',
   'model.attention',
   'model.remat',

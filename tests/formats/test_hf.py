@@ -4,7 +4,7 @@ Reference: the tensors that the test itself wrote, turned and stacked by
 numpy here, and cast by ml_dtypes.
 """
 
-import http.server
+import collections
 import json
 import os
 import pathlib
@@ -12,8 +12,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +21,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lorax_train import parallel
-from lorax_train.formats import hf, hf_config
+from lorax_train.formats import hf, hf_config, safetensors
 from lorax_train.models import params as params_lib
 from tests.toys import CONFIG, random_tensors, write_model
 
@@ -171,6 +169,81 @@ def test_each_device_holds_its_part(sizes, tiny_model):
       np.testing.assert_array_equal(shard.data, whole[shard.index])
 
 
+# Wider than the tiles in which a matrix is turned, and in no power of 2.
+WIDE = {
+  'hidden_size': 600,
+  'intermediate_size': 1040,
+  'num_attention_heads': 8,
+  'num_key_value_heads': 8,
+  'head_dim': 70,
+  'num_hidden_layers': 2,
+}
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 4), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_wide_weights(dtype, sizes, tmp_path):
+  config = {**CONFIG, **WIDE}
+  directory = write_model(tmp_path, tokenizer=False, **WIDE)
+  mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+  want = expected(random_tensors(config), dtype, layers=2)
+  assert_trees_equal(load(directory, mesh, dtype), want)
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+  """{tensor: bytes of each part that is read of it}."""
+  counts = collections.defaultdict(list)
+  read_into = safetensors.TensorRef.read_into
+
+  def counted(ref, parts):
+    parts = list(parts)
+    counts[ref.name] += [out.size * ref.dtype.itemsize for _, out in parts]
+    read_into(ref, parts)
+
+  monkeypatch.setattr(safetensors.TensorRef, 'read_into', counted)
+  return counts
+
+
+# Of each tensor of q: into how many parts the mesh cuts it.
+@pytest.mark.parametrize(('sizes', 'parts'), [
+  ((1, 1, 1), 1), ((8, 1, 1), 1), ((1, 8, 1), 8), ((2, 2, 2), 4), ((1, 2, 4), 8)
+])  # fmt: skip
+def test_each_byte_is_read_once_however_many_devices_hold_it(
+  sizes, parts, tiny_model, bytes_read
+):
+  mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+  load(tiny_model, mesh)
+  assert {name: sum(each) for name, each in bytes_read.items()} == {
+    name: x.nbytes for name, x in random_tensors(CONFIG).items()
+  }
+  assert len(bytes_read['model.layers.1.self_attn.q_proj.weight']) == parts
+  assert len(bytes_read['model.norm.weight']) == 1
+
+
+def test_cpu_devices_that_hold_the_same_part_share_its_memory(tiny_model):
+  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+  params = load(tiny_model, mesh)
+  # Whole on each device, in 4 parts, in 2 x 2 parts.
+  for x, parts in (
+    (params['norm'], 1),
+    (params['layers']['self_attn']['q_proj'], 4),
+    (params['embed_tokens'], 4),
+  ):
+    places = {s.data.unsafe_buffer_pointer() for s in x.addressable_shards}
+    assert len(places) == parts
+
+
+def test_a_donated_weight_leaves_those_that_share_its_memory(tiny_model):
+  mesh = parallel.make_mesh(data=8, fsdp=1)
+  before = random_tensors(CONFIG)[EMBED]
+  shards = load(tiny_model, mesh)['embed_tokens'].addressable_shards
+  first, *others = (shard.data for shard in shards)
+  jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(first))
+  for other in others:
+    np.testing.assert_array_equal(other, before)
+
+
 def split_in_two(directory):
   """The same model as two shards and an index, its layers torn apart."""
   tensors = random_tensors(CONFIG)
@@ -302,6 +375,34 @@ def test_what_overflows_the_dtype_is_not_finite_either(tiny_model, one_device):
     assert all(name in message for name in names)
 
 
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+def test_the_largest_numbers_are_finite(dtype, tiny_model, one_device):
+  # Though their sum is not.
+  def grow(tensors):
+    for name, x in tensors.items():
+      tensors[name] = np.full(x.shape, ml_dtypes.finfo(dtype).max, dtype)
+
+  tensors = rewrite(tiny_model, grow)
+  want = expected(tensors, dtype)
+  assert_trees_equal(load(tiny_model, one_device, dtype), want)
+
+
+# A vectorised search may lose what a scalar one finds, or the other way round.
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('place', [0, 1000, -1])
+def test_one_nan_in_wide_weights_is_found(place, dtype, tmp_path, one_device):
+  directory = write_model(tmp_path, tokenizer=False, **WIDE)
+  names = ['model.layers.1.mlp.up_proj.weight', HEAD]
+
+  def poison(tensors):
+    for name in names:
+      tensors[name].flat[place] = np.nan
+
+  rewrite(directory, poison, {**CONFIG, **WIDE})
+  message = refusal(load, directory, one_device, dtype)
+  assert message.endswith(f'not finite: {", ".join(names)}')
+
+
 # Names under which the tied matrix is stored, and whether they agree.
 @pytest.mark.parametrize('names', [(EMBED,), (HEAD,), (EMBED, HEAD)])
 def test_a_tied_matrix_under_either_name(names, tmp_path, one_device):
@@ -337,145 +438,6 @@ def test_an_untied_model_needs_its_head(tiny_model, one_device):
   assert 'lm_head.weight is missing' in refusal(load, tiny_model, one_device)
 
 
-def test_a_directory_is_found_without_a_network(tiny_model, monkeypatch):
-  assert hf.find_model(str(tiny_model)) == tiny_model
-  monkeypatch.setenv('HOME', str(tiny_model.parent))
-  assert hf.find_model('~/model') == tiny_model
-  monkeypatch.chdir(tiny_model.parent)
-  assert hf.find_model('model').samefile(tiny_model)
-
-
-# Path -> words of the message; {} is a directory that exists.
-@pytest.mark.parametrize(('path', 'words'), [
-  ('{}/config.json', 'is a file'),
-  ('{}/absent', 'no such directory'),
-  ('./absent', 'no such directory'),
-  ('~/absent-model', 'no such directory'),
-  ('absent', 'no such directory'),
-  ('a/b/c', 'no such directory'),
-  ('https://huggingface.co/mistralai/Mistral-7B-v0.1', 'no such directory'),
-])  # fmt: skip
-def test_paths_that_are_no_model(path, words, tiny_model):
-  path = path.format(tiny_model)
-  message = refusal(hf.find_model, path)
-  assert message.startswith(f'model {path}: {words}; give a directory')
-
-
-SHA = 'a' * 40
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-  """As much of the hub's API as it takes to serve `own/model`."""
-
-  files: Mapping[str, bytes] = {}
-
-  def answer(self):
-    status, headers, body = 404, {'X-Error-Code': 'RepoNotFound'}, b'{}'
-    path = self.path.partition('?')[0]
-    name = path.removeprefix(f'/own/model/resolve/{SHA}/')
-    if '/gated' in path:
-      status, headers = 403, {'X-Error-Code': 'GatedRepo'}
-    elif name in self.files:
-      status, headers = 200, {'ETag': f'"{name}"'}
-      body = self.files[name]
-    elif path == f'/api/models/own/model/tree/{SHA}':
-      listing = [
-        {'type': 'file', 'path': n, 'size': len(b), 'oid': 'b' * 40}
-        for n, b in self.files.items()
-      ]
-      status, headers, body = 200, {}, json.dumps(listing).encode()
-    elif path.startswith('/api/models/own/model'):
-      siblings = [{'rfilename': n} for n in self.files]
-      info = {'id': 'own/model', 'sha': SHA, 'siblings': siblings}
-      status, headers, body = 200, {}, json.dumps(info).encode()
-    self.send_response(status)
-    for key, value in {**headers, 'X-Repo-Commit': SHA}.items():
-      self.send_header(key, value)
-    self.send_header('Content-Length', str(len(body)))
-    self.end_headers()
-    if self.command != 'HEAD':
-      self.wfile.write(body)
-
-  do_GET = do_HEAD = answer
-
-  def log_message(self, *args):
-    pass
-
-
-def ask_hub(endpoint, home, *repos, offline='0'):
-  """What `find_model` says of each repo, and in how long, in a process apart."""
-  # huggingface_hub reads the environment once, when it is imported.
-  code = textwrap.dedent("""
-    import json, sys, time
-    from lorax_train.errors import ModelError
-    from lorax_train.formats import hf
-    out = []
-    for repo in sys.argv[1:]:
-      begin = time.monotonic()
-      try:
-        answer = str(hf.find_model(repo))
-      except ModelError as error:
-        answer = f'ModelError: {error}'
-      out.append([answer, time.monotonic() - begin])
-    print(json.dumps(out))
-  """)
-  done = subprocess.run(
-    [sys.executable, '-c', code, *repos],
-    env=os.environ
-    | {'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'PYTHONPATH': str(ROOT)}
-    | {'HF_HUB_OFFLINE': offline},
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
-
-
-def test_the_hub(tiny_model, tmp_path, monkeypatch, one_device):
-  wanted = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
-  others = ('README.md', 'pytorch_model.bin', 'consolidated.safetensors')
-  monkeypatch.setattr(Hub, 'files', {**wanted, **dict.fromkeys(others, b'x')})
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  endpoint = f'http://127.0.0.1:{server.server_port}'
-  home = tmp_path / 'home'
-  try:
-    (found, _), (gated, _), (nobody, _), (odd, _) = ask_hub(
-      endpoint, home, 'own/model', 'own/gated', 'own/nobody', 'no body/model'
-    )
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
-  # Only what we read is fetched.
-  files = {p.name: p.read_bytes() for p in pathlib.Path(found).iterdir()}
-  assert files == wanted
-  assert_trees_equal(
-    load(pathlib.Path(found), one_device), load(tiny_model, one_device)
-  )
-  for answer, repo, words in (
-    (gated, 'own/gated', '(GatedRepoError); accept its terms at the hub'),
-    (nobody, 'own/nobody', '(RepositoryNotFoundError); '),
-    (odd, 'no body/model', '(HFValidationError); '),
-  ):
-    assert f'model {repo}: cannot be had from the hub {words}' in answer
-
-  # Nothing listens any more, or nothing may be asked: the cache answers, or an
-  # error does, and soon.
-  for offline in '01':
-    (kept, _), (none, seconds) = ask_hub(
-      endpoint, home, 'own/model', 'own/other', offline=offline
-    )
-    assert kept == found
-    assert none.startswith(
-      'ModelError: model own/other: cannot be had from the hub ('
-    )
-    assert none.endswith('; give a local directory')
-    assert seconds < 5
-
-
 def test_two_processes_load_their_parts_and_agree_on_what_is_bad(tmp_path):
   # With 2 devices each: a weight that is cut over all four is in no one's
   # reach, and neither is the answer whether it is finite.
@@ -496,20 +458,26 @@ def test_two_processes_load_their_parts_and_agree_on_what_is_bad(tmp_path):
     import numpy as np
     from lorax_train import parallel
     from lorax_train.errors import ModelError
-    from lorax_train.formats import hf, hf_config
+    from lorax_train.formats import hf, hf_config, safetensors
+    count, read_into = 0, safetensors.TensorRef.read_into
+    def counted(ref, parts):
+      global count
+      count += sum(out.size * ref.dtype.itemsize for _, out in parts)
+      read_into(ref, parts)
+    safetensors.TensorRef.read_into = counted
     mesh = parallel.make_mesh(data=1, fsdp=2, tensor=2)
     def load(path):
       path = pathlib.Path(path)
       return hf.load_params(path, hf_config.read_config(path), 'float32', mesh)
     head = load(good)['lm_head']
-    sums = {}
+    nbytes, sums = count, {}
     for x in head.addressable_shards:
       at = [s.indices(n)[:2] for s, n in zip(x.index, head.shape)]
       sums[str(at)] = np.asarray(x.data).sum(dtype=np.float64).item()
     try:
       load(bad)
     except ModelError as error:
-      print(json.dumps([sums, str(error)]))
+      print(json.dumps([sums, nbytes, str(error)]))
   """)
   with socket.socket() as free:
     free.bind(('localhost', 0))
@@ -525,11 +493,17 @@ def test_two_processes_load_their_parts_and_agree_on_what_is_bad(tmp_path):
     for me in range(2)
   ]
   answers = [p.communicate(timeout=120) for p in running]
-  head = random_tensors(CONFIG)[HEAD].T
+  tensors = random_tensors(CONFIG)
+  # Every matrix is cut into four, two of which a process holds.
+  half = sum(
+    x.nbytes // 2 if x.ndim == 2 else x.nbytes for x in tensors.values()
+  )
+  head = tensors[HEAD].T
   sums = {}
   for out, err in answers:
     assert out, err
-    mine, message = json.loads(out.splitlines()[-1])
+    mine, nbytes, message = json.loads(out.splitlines()[-1])
+    assert nbytes == half
     assert message == f'{bad}: weights that are not finite: {HEAD}'
     assert len(mine) == 2
     sums |= mine

@@ -84,6 +84,53 @@ def test_what_is_read_is_ones_own(good):
   assert_same(ref.read(), TENSORS['f32'])
 
 
+# Sizes around those of a tile, which is 128 x 512.
+@pytest.mark.parametrize('shape', [
+  (1, 1), (1, 700), (700, 1), (128, 512), (129, 511), (127, 513), (300, 1100)
+])  # fmt: skip
+@pytest.mark.parametrize(('stored', 'wanted'), [
+  ('f4', 'f4'), ('f4', 'bf16'), ('f2', 'f4'), ('f8', 'f4'), ('f8', 'f8'),
+  ('bf16', 'bf16'), ('bf16', 'f4'), ('bf16', 'f2'),
+])  # fmt: skip
+def test_parts_read_into_an_array_equal_slices_turned_and_cast(
+  shape, stored, wanted, tmp_path
+):
+  bf16 = {'bf16': ml_dtypes.bfloat16}
+  stored, wanted = (np.dtype(bf16.get(d, d)) for d in (stored, wanted))
+  x = np.random.default_rng(0).standard_normal(shape).astype(stored)
+  safetensors.numpy.save_file({'x': x}, tmp_path / 'x')
+  ref = ours.open_file(tmp_path / 'x')['x']
+  rows, columns = (slice(n // 3, n) for n in shape)
+  for index in (
+    (slice(0, shape[0]), slice(0, shape[1])),
+    (rows, slice(0, shape[1])),
+    (slice(0, shape[0]), columns),
+    (rows, columns),
+  ):
+    want = x[index].astype(wanted)
+    plain = np.empty(want.shape, wanted)
+    turned = np.empty(want.shape[::-1], wanted)
+    ref.read_into([(index, plain), (index, turned.T)])
+    assert_same(plain, want)
+    assert_same(turned, want.T)
+
+
+@pytest.mark.parametrize('name', ['f32', 'bf16', 'scalar', 'no rows'])
+def test_any_number_of_axes_is_read_into_an_array(name, good):
+  ref = ours.open_file(good)[name]
+  want = TENSORS[name]
+  out = np.ones(want.shape, want.dtype)
+  ref.read_into([(tuple(slice(0, n) for n in want.shape), out)])
+  assert_same(out, want)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 3), (2, 4, 3), (1,)])
+def test_an_array_of_another_shape_is_not_filled_in_part(shape, good):
+  ref = ours.open_file(good)['f32']
+  with pytest.raises(AssertionError):
+    ref.read_into([(np.s_[:, :, 0:4], np.empty(shape, np.float32))])
+
+
 def test_data_need_not_be_aligned(tmp_path):
   # Compact headers of other writers put the data on any byte.
   path = tmp_path / 'odd.safetensors'
@@ -93,7 +140,11 @@ def test_data_need_not_be_aligned(tmp_path):
   assert len(header) % 2
   x = np.arange(6, dtype=np.float32)
   path.write_bytes(struct.pack('<Q', len(header)) + header + x.tobytes())
-  assert_same(ours.open_file(path)['w'].read([slice(2, 5)]), x[2:5])
+  ref = ours.open_file(path)['w']
+  assert_same(ref.read([slice(2, 5)]), x[2:5])
+  out = np.empty(3, np.float32)
+  ref.read_into([([slice(2, 5)], out)])
+  assert_same(out, x[2:5])
 
 
 def entry(begin=0, end=16, shape=(4,), dtype='F32'):

@@ -33,7 +33,7 @@ def make_config(model, rows, run_dir, **sections):
   mapping['train'].update(
     steps=4, batch_size=8, learning_rate=1e-2, schedule='constant'
   )
-  mapping['eval'].update(rows=4, every=2)
+  mapping['eval'].update(rows=4, every=2, samples=0)
   mapping['checkpoint'].update(every=2)
   for name, values in sections.items():
     mapping[name].update(values)

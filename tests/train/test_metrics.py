@@ -7,7 +7,9 @@ import io
 import json
 import math
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from lorax_train.train import metrics
 from lorax_train.train.metrics import MetricsLog, Progress
@@ -98,19 +100,44 @@ def test_a_crash_while_resuming_keeps_the_lines(tmp_path, monkeypatch):
   killed.close()
 
 
-def test_the_summary_is_of_the_whole_run(tmp_path):
+def test_the_lines_are_those_of_the_whole_run(tmp_path):
   (tmp_path / metrics.FILE).write_text(WHOLE)
   log = MetricsLog(tmp_path, 2)
-  assert (
-    log.summary('eval_loss', 'held out', '-') == 'held out 3.5000 -> 3.0000'
-  )
   log.write(3, eval_loss=2.25)
-  assert (
-    log.summary('eval_loss', 'held out', '-') == 'held out 3.5000 -> 2.2500'
-  )
-  assert log.summary('loss', 'loss', '-') == 'loss 3.1000 -> 2.9000'
-  assert log.summary('mfu', 'mfu', 'none measured') == 'none measured'
+  assert log.lines == [*FULL[:4], {'step': 3, 'eval_loss': 2.25}]
   log.close()
+  assert metrics.read(tmp_path, 3) == log.lines
+
+
+def scalars(run_dir):
+  """{tag: [(step, value)]} of the event files, as TensorBoard shows them."""
+  accumulator = event_accumulator.EventAccumulator(
+    str(run_dir / metrics.BOARD), purge_orphaned_data=True
+  )
+  accumulator.Reload()
+  return {
+    tag: [(e.step, e.value) for e in accumulator.Scalars(tag)]
+    for tag in accumulator.Tags()['scalars']
+  }
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path):
+  log = MetricsLog(tmp_path, 0)
+  for line in FULL:
+    log.write(**line)
+  log.write(4, samples=['no number'])
+  log.close()
+  want = {
+    'loss': [(1, 3.1), (2, 2.9), (3, 2.8), (4, 2.7)],
+    'eval_loss': [(0, 3.5), (2, 3.0)],
+  }
+  got = scalars(tmp_path)
+  assert got.keys() == want.keys()
+  for tag, points in want.items():
+    assert [s for s, _ in got[tag]] == [s for s, _ in points]
+    np.testing.assert_allclose(
+      [v for _, v in got[tag]], [v for _, v in points], rtol=1e-6
+    )
 
 
 class Terminal(io.StringIO):
@@ -118,20 +145,18 @@ class Terminal(io.StringIO):
     return True
 
 
-def report_all(out, monkeypatch):
-  """Steps 10, 20 and 30 of 30, resumed at 0, at two seconds a step."""
-  clock = iter([100.0, 120.0, 140.0, 160.0])
-  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
+def report_all(out):
+  """Steps 10, 20 and 30 of 30, at two seconds a step."""
   progress = Progress(0, 30, out)
-  progress.report(10, 2.5, 1e-4, 1234.5)
-  progress.say('step 10/30  held-out loss 2.6000')
-  progress.report(20, 2.25, 5e-5, 1000.0)
-  progress.report(30, 2.0, 0.0, 1000.0)
+  progress.report(10, 2.5, 1e-4, 1234.5, 20.0)
+  progress.held_out(10, 2.6)
+  progress.report(20, 2.25, 5e-5, 1000.0, 20.0)
+  progress.report(30, 2.0, 0.0, 1000.0, 20.0)
   return out.getvalue()
 
 
-def test_progress_is_a_plain_line_each_where_there_is_no_terminal(monkeypatch):
-  text = report_all(io.StringIO(), monkeypatch)
+def test_progress_is_a_plain_line_each_where_there_is_no_terminal():
+  text = report_all(io.StringIO())
   assert text.splitlines() == [
     'step 10/30  loss 2.5000  lr 1.00e-04  1,234 tokens/s  left 0:40',
     'step 10/30  held-out loss 2.6000',
@@ -142,17 +167,15 @@ def test_progress_is_a_plain_line_each_where_there_is_no_terminal(monkeypatch):
   assert text.endswith('\n')
 
 
-def test_progress_overwrites_its_line_on_a_terminal(monkeypatch):
-  text = report_all(Terminal(), monkeypatch)
+def test_progress_overwrites_its_line_on_a_terminal():
+  text = report_all(Terminal())
   assert text.count('\r') == 2  # steps 10 and 20; 30 stays on the screen
   assert text.endswith('\n')
   for part in text.replace('\r', '\n').splitlines():
     assert len(part) == 79  # so that a shorter line covers a longer one
 
 
-def test_the_time_left_counts_the_steps_of_this_start_alone(monkeypatch):
-  clock = iter([0.0, 10.0])
-  monkeypatch.setattr(metrics.time, 'monotonic', lambda: next(clock))
+def test_the_time_left_counts_the_steps_of_this_start_alone():
   out = io.StringIO()
-  Progress(990, 1000, out).report(995, 1.0, 0.0, math.pi)
+  Progress(990, 1000, out).report(995, 1.0, 0.0, math.pi, 10.0)
   assert 'left 0:10' in out.getvalue()

@@ -110,6 +110,7 @@ CHANGES = [
   ('run_dir', 'moved', True),
   ('model.remat', 'none', True),
   ('model.attention', 'xla', True),
+  ('eval.samples', 7, True),
   # eval.rows are taken out of the rows that are trained on.
   ('eval.rows', 7, False),
   ('model.path', 'other/model', False),

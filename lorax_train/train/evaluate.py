@@ -1,0 +1,295 @@
+"""Mean next-token loss per learned token: of the loop, and of the verb `eval`.
+
+The base model is the run's own program with factors of zero, so both losses
+come from one compilation.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax_train import config as config_lib
+from lorax_train import lora, parallel
+from lorax_train.config import TrainConfig
+from lorax_train.data import batches
+from lorax_train.data.tokenized import NO_LOSS
+from lorax_train.errors import (
+  ConfigError,
+  DataError,
+  DivergedError,
+  ModelError,
+  ResumeError,
+)
+from lorax_train.formats import find, hf, hf_config, safetensors
+from lorax_train.infer.inspection import aligned
+from lorax_train.models import params as params_lib
+from lorax_train.models.params import DecoderConfig
+from lorax_train.train import checkpoint, setup
+from lorax_train.train import step as step_lib
+from lorax_train.train.inspection import read_run
+from lorax_train.train.setup import Adapters, Rows
+
+Tree = Any
+Report = dict[str, Any]
+
+
+def make_evaluate(
+  apply: step_lib.Apply,
+  frozen: Tree,
+  rows: Rows,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Tree], float | None]:
+  """trainable -> mean loss a learned token over the held-out rows.
+
+  Args:
+    apply: (params, ids) -> logits.
+    frozen: from `lora.split`.
+    rows: its held-out rows are evaluated; of none, the loss is None.
+    batch_size: rows of a batch, over all devices.
+    mesh: devices.
+  """
+  eval_step = jax.jit(step_lib.make_eval_step(apply))
+  sharding = parallel.batch_sharding(mesh, axis=0)
+
+  def evaluate(trainable: Tree) -> float | None:
+    total, count = 0.0, 0
+    for batch in batches.eval_batches(
+      rows.eval_set, rows.eval_rows, batch_size, rows.length, rows.pad_id
+    ):
+      micro = {name: batch[name] for name in ('ids', 'labels')}
+      loss, n = eval_step(trainable, frozen, jax.device_put(micro, sharding))
+      total, count = total + float(loss), count + int(n)
+    return total / count if count else None
+
+  return evaluate
+
+
+def evaluate_run(run_dir: str) -> Report:
+  """The losses of a finished run on the rows that it held out.
+
+  In the run's dtypes and batches, and on its mesh where the devices at hand
+  make one; otherwise on one device.
+
+  Raises:
+    ResumeError: no run, or its rows or weights are no longer what they were.
+    ModelError: no adapter yet.
+    UserError: see `setup` and `hf`.
+  """
+  directory = Path(run_dir).expanduser()
+  cfg, inputs = read_run(directory)
+  adapter = directory / 'adapter'
+  if not adapter.is_dir():
+    done = checkpoint.latest_step(directory / 'checkpoints') or 0
+    raise ModelError(
+      f'{adapter}: no adapter yet, the run is at step {done} of'
+      f' {cfg.train.steps}: give its command again to finish it'
+    )
+  try:
+    model_dir = find.find_model(cfg.model.path)
+    model_cfg = hf_config.read_config(model_dir)
+    rows = setup.read_rows(cfg, model_dir, model_cfg)
+  except (DataError, ModelError) as error:
+    raise type(error)(
+      f'run {run_dir}, whose relative paths count from here: {error}'
+    ) from None
+  now = {
+    'data': rows.fingerprint,
+    'weights': safetensors.fingerprint(safetensors.open_dir(model_dir)),
+  }
+  for name, path in (('data', cfg.data.path), ('weights', cfg.model.path)):
+    if now[name] != inputs.get(name):
+      raise ResumeError(
+        f'run {run_dir}: the {name} of {path} are not those that it read: put'
+        ' them back, or give others with --model, --adapter and --data'
+      )
+  if not len(rows.eval_rows):
+    raise DataError(
+      f'run {run_dir}: it held no rows out (eval.rows={cfg.eval.rows}, of'
+      f' {len(rows.train_rows)} rows a tenth at most): give rows with --model,'
+      ' --adapter and --data'
+    )
+  try:
+    mesh = setup.make_mesh(cfg)
+  except ConfigError:  # it was made for other devices
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  cfg = dataclasses.replace(
+    cfg, lora=dataclasses.replace(cfg.lora, init_from=str(adapter))
+  )
+  report = _evaluate(cfg, rows, model_dir, model_cfg, mesh)
+  return {'run': str(directory), **report}
+
+
+def evaluate_file(
+  model: str,
+  data: str,
+  template: str,
+  adapter: str = '',
+  max_length: int = 512,
+  truncation: str = 'drop',
+  on_bad_row: str = 'error',
+  batch_size: int = 8,
+  dtype: str = 'float32',
+  rows: int = 0,
+) -> Report:
+  """The losses of a model, and of an adapter on it, on the rows of a file.
+
+  Args:
+    model: directory in Hugging Face format, or a hub id.
+    data: see `data.path` of the configuration, as for the next four.
+    template: how a row becomes a prompt and what is learned.
+    adapter: PEFT adapter directory; '' for the base alone.
+    max_length: longest row in tokens.
+    truncation: what becomes of a longer row.
+    on_bad_row: what becomes of a row that does not fit the template.
+    batch_size: rows computed at once.
+    dtype: compute and storage dtype.
+    rows: take the first so many of the rows that are left; 0 for all.
+
+  Raises:
+    UserError: what is wrong with the model, the adapter or the rows.
+  """
+  if rows < 0:
+    raise ConfigError(f'--rows {rows}: give 0 for all of them, or a number')
+  mapping = config_lib.defaults()
+  mapping['model'].update(
+    path=model, dtype=dtype, param_dtype=dtype, remat='none'
+  )
+  mapping['lora'].update(init_from=adapter)
+  mapping['data'].update(
+    path=data,
+    template=template,
+    max_length=max_length,
+    truncation=truncation,
+    on_bad_row=on_bad_row,
+  )
+  mapping['train'].update(batch_size=batch_size)
+  mapping['eval'].update(rows=0)
+  try:
+    cfg = config_lib.from_mapping(mapping)
+    model_dir = find.find_model(model)
+    model_cfg = hf_config.read_config(model_dir)
+    every = setup.read_rows(cfg, model_dir, model_cfg)
+  except (ConfigError, DataError) as error:
+    raise type(error)(_reworded(str(error))) from None
+  chosen = every._replace(eval_rows=every.train_rows[: rows or None])
+  mesh = parallel.make_mesh(devices=jax.devices()[:1])
+  return _evaluate(cfg, chosen, model_dir, model_cfg, mesh)
+
+
+def text(report: Report) -> str:
+  """A report in words."""
+  base, adapted = report['base'], report['adapted']
+  lines = {
+    key: report[key] for key in ('run', 'model', 'adapter') if report.get(key)
+  }
+  lines |= {
+    'data': f'{report["data"]}, template {report["template"]}',
+    'rows': (
+      f'{report["rows"]:,}, {report["learned_tokens"]:,} learned tokens'
+    ),
+    'compute': f'{report["dtype"]} on {report["devices"]}',
+    'base': _words(base),
+  }
+  if adapted:
+    lines['adapted'] = _words(adapted)
+    change = report['change_percent']
+    lines['change'] = ', '.join(
+      f'{key} {change[key]:+.2f} %' for key in change if change[key] is not None
+    )
+  return aligned(lines)
+
+
+def _evaluate(
+  cfg: TrainConfig,
+  rows: Rows,
+  model_dir: Path,
+  model_cfg: DecoderConfig,
+  mesh: jax.sharding.Mesh,
+) -> Report:
+  """Losses of the base, and of lora.init_from on it, on rows.eval_rows."""
+  learned = sum(
+    int((rows.eval_set.labels[i][1:] != NO_LOSS).sum()) for i in rows.eval_rows
+  )
+  if cfg.lora.init_from:
+    adapters = setup.plan_adapters(cfg, model_cfg)
+  else:
+    names = params_lib.module_names(model_cfg)
+    adapters = Adapters(names, lora.LoraSpec(), {}, None)
+  with jax.set_mesh(mesh):
+    params = hf.load_params(
+      model_dir, model_cfg, jnp.dtype(cfg.model.param_dtype), mesh
+    )
+    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    evaluate = make_evaluate(
+      setup.make_apply(cfg, model_cfg),
+      frozen,
+      rows,
+      cfg.train.batch_size,
+      mesh,
+    )
+    base = evaluate(jax.tree.map(jnp.zeros_like, trainable))
+    adapted = evaluate(trainable) if adapters.loaded else None
+  of_base = _of_loss('base', base, cfg.model.dtype)
+  of_adapted = (
+    _of_loss('adapter', adapted, cfg.model.dtype) if adapters.loaded else None
+  )
+  return {
+    'model': cfg.model.path,
+    'adapter': cfg.lora.init_from or None,
+    'data': cfg.data.eval_path or cfg.data.path,
+    'template': cfg.data.template,
+    'rows': len(rows.eval_rows),
+    'learned_tokens': learned,
+    'dtype': cfg.model.dtype,
+    'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind}',
+    'base': of_base,
+    'adapted': of_adapted,
+    'change_percent': of_adapted and _change(of_base, of_adapted),
+  }
+
+
+def _of_loss(what: str, loss: float | None, dtype: str) -> Report:
+  """{'loss', 'perplexity'}; the latter is None past what a float holds."""
+  if loss is None or not math.isfinite(loss):
+    raise DivergedError(
+      f'the loss of the {what} is {loss} in {dtype}: its weights are damaged, or'
+      ' too large for that dtype'
+    )
+  try:
+    return {'loss': loss, 'perplexity': math.exp(loss)}
+  except OverflowError:
+    return {'loss': loss, 'perplexity': None}
+
+
+def _change(before: Report, after: Report) -> Report:
+  """Change of each value in per cent, None where there is none."""
+  return {
+    key: 100 * (after[key] / before[key] - 1)
+    if before[key] and after[key] is not None
+    else None
+    for key in before
+  }
+
+
+def _words(values: Report) -> str:
+  perplexity = values['perplexity']
+  known = 'too large' if perplexity is None else f'{perplexity:,.3f}'
+  return f'loss {values["loss"]:.6f}, perplexity {known}'
+
+
+def _reworded(message: str) -> str:
+  """A message about configuration keys as one about the verb's options."""
+
+  def option(found: re.Match) -> str:
+    return '--' + {'path': 'data'}.get(found[1], found[1].replace('_', '-'))
+
+  message = re.sub(r'--config\.data\.(\w+)', option, message)
+  message = re.sub(r'(?:data|train)\.(max_length|batch_size)', option, message)
+  return message.replace('left to train on', 'left to evaluate')
