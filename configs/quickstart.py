@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
   cfg.model.param_dtype = 'float32'
   cfg.model.remat = 'none'  # such a small model fits with all its activations
 
-  cfg.lora.targets = 'q_proj,v_proj'
+  cfg.lora.targets = 'all-linear'
   cfg.lora.rank = 8
   cfg.lora.alpha = 16.0
 

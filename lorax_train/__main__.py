@@ -120,21 +120,64 @@ def _lines(path: str) -> list[str]:
 
 def merge(argv: Sequence[str]) -> int:
   """Write a model with an adapter's update in its weights."""
-  parser = _parser('merge', merge.__doc__, '--model')
+  parser = _parser('merge', merge.__doc__, '--model', '--json')
   parser.add_argument('--adapter', required=True, **_SHARED['--adapter'])
   parser.add_argument('--out', required=True, help='directory, made here')
   as_stored = {'default': None, 'help': 'default: as stored'}
   parser.add_argument('--dtype', **_SHARED['--dtype'] | as_stored)
+  compared = parser.add_argument_group('what it cost')
+  compared.add_argument(
+    '--report', action='store_true', help='compare with the adapter unmerged'
+  )
+  which = compared.add_mutually_exclusive_group()
+  which.add_argument('--tokens', help='with --report, npz: ids, mask if wanted')
+  which.add_argument(
+    '--rows', type=int, help='with --report: so many of 64 random ids; 8'
+  )
+  compared.add_argument('--batch-size', **_SHARED['--batch-size'])
   args = parser.parse_args(argv)
-  from lorax_train.formats import find, hf_save
-  from lorax_train.infer.load import load_params
+  for name in ('tokens', 'rows'):
+    if getattr(args, name) is not None and not args.report:
+      parser.error(f'--{name} is for --report')
+  for name in ('rows', 'batch_size'):
+    if getattr(args, name) is not None and getattr(args, name) < 1:
+      option = f'--{name.replace("_", "-")}'
+      raise errors.ConfigError(f'{option} {getattr(args, name)}: below 1')
+  from lorax_train.infer import fidelity as room
 
-  hf_save.check_absent(args.out)
-  source = find.find_model(args.model)
-  exact = hf_save.exact_dtype(source, args.dtype)
-  _, params = load_params(source, None, args.adapter, exact)
-  count = hf_save.save_params(args.out, source, params, args.dtype)
-  print(f'{count:,} parameters: {args.out}')
+  done = room.merge(
+    args.model,
+    args.adapter,
+    args.out,
+    args.dtype,
+    report=args.report,
+    tokens=args.tokens,
+    rows=args.rows,
+    batch_size=args.batch_size,
+  )
+  print(json.dumps(done) if args.json else room.text(done))
+  return 0
+
+
+def export(argv: Sequence[str]) -> int:
+  """Write an adapter so that PEFT, vLLM or llama.cpp computes it right."""
+  from lorax_train.formats import consumers as room
+
+  parser = _parser('export', export.__doc__, '--json')
+  parser.add_argument('adapter', metavar='ADAPTER', help='PEFT directory')
+  parser.add_argument(
+    '--for', required=True, choices=[*room.CONSUMERS], dest='consumer'
+  )
+  parser.add_argument('--out', required=True, help='directory, new or empty')
+  parser.add_argument(
+    '--bake', action='store_true', help='one rank, all scales folded into B'
+  )
+  parser.add_argument('--model', help='the base, to check names and shapes')
+  args = parser.parse_args(argv)
+  report = room.export(
+    args.adapter, args.consumer, args.out, args.bake, args.model
+  )
+  print(json.dumps(report) if args.json else room.text(report))
   return 0
 
 
@@ -194,6 +237,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
   'score': score,
   'generate': generate,
   'merge': merge,
+  'export': export,
   'eval': evaluate,
   'inspect': inspect,
 }

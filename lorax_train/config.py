@@ -57,7 +57,9 @@ class LoraSection:
     rank: r.
     alpha: the update is scaled by alpha / r (rslora: alpha / sqrt(r)).
     dropout: rate on the adapters' input.
-    variant: lora or rslora.
+    variant: lora, or of rslora, dora and lora_fa one or more with + between.
+    init: how A and B begin: default, gaussian, orthogonal, or from the base:
+      pissa, olora.
     exclude: names or a regex that win over targets; '' for none.
     rank_pattern: other ranks by regex: 'down_proj=16,layers.0.*=4'.
     alpha_pattern: other alphas by regex, likewise.
@@ -70,7 +72,8 @@ class LoraSection:
   rank: int = _key(8, at_least=1)
   alpha: float = 16.0
   dropout: float = _key(0.0, at_least=0, below=1)
-  variant: str = _key('lora', choices=('lora', 'rslora'))
+  variant: str = 'lora'
+  init: str = 'default'
   exclude: str = ''
   rank_pattern: str = ''
   alpha_pattern: str = ''
@@ -112,6 +115,8 @@ class TrainSection:
     batch_size: rows of a micro-batch, over all devices.
     grad_accum: micro-batches of a step.
     learning_rate: the peak.
+    lora_plus_ratio: B learns at so many times that rate; 1 for no difference.
+    neftune_alpha: strength of the noise on the embeddings; 0 for none.
     schedule: what follows the warm-up.
     warmup_steps: steps of linear rise from 0.
     weight_decay: decoupled decay of the factors.
@@ -127,6 +132,8 @@ class TrainSection:
   batch_size: int = _key(8, at_least=1)
   grad_accum: int = _key(1, at_least=1)
   learning_rate: float = _key(2e-4, at_least=0)
+  lora_plus_ratio: float = _key(1.0, at_least=0)
+  neftune_alpha: float = _key(0.0, at_least=0)
   schedule: str = _key('cosine', choices=('constant', 'linear', 'cosine'))
   warmup_steps: int = _key(0, at_least=0)
   weight_decay: float = _key(0.0, at_least=0)
@@ -264,6 +271,7 @@ def lora_spec(section: LoraSection) -> LoraSpec:
     alpha=section.alpha,
     dropout=section.dropout,
     variant=section.variant,
+    init=section.init,
     exclude=section.exclude,
     rank_pattern=_pattern(section.rank_pattern, int),
     alpha_pattern=_pattern(section.alpha_pattern, float),

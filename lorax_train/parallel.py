@@ -88,30 +88,41 @@ def sharding(
   return NamedSharding(mesh, _spec(mesh, axes, units))
 
 
-def adapter_sharding(w: NamedSharding, ndim: int) -> Adapter:
-  """Shardings of A [*stack, R, in] and B [*stack, R, out] from W's."""
-  spec = tuple(w.spec) + (None,) * (ndim - len(w.spec))
-  *stack, n_in, n_out = spec
+def adapter_sharding(fixed: Fixed, adapter: Adapter) -> Adapter:
+  """Where the parts of an adapter lie, from where its W does.
+
+  The rank axis is whole everywhere.
+  """
+  mesh = fixed.w.sharding.mesh
+  ndim = len(fixed.w.shape)
+  spec = tuple(fixed.w.sharding.spec)
+  spec += (None,) * (ndim - len(spec))
+  stack, inner, outer = (
+    [part for part, kind in zip(spec, fixed.axes, strict=True) if kind == k]
+    for k in 'sio'
+  )
+
+  def over(part: Any, *axes: Any) -> Any:
+    return None if part is None else NamedSharding(mesh, P(*stack, *axes))
+
   return Adapter(
-    NamedSharding(w.mesh, P(*stack, None, n_in)),
-    NamedSharding(w.mesh, P(*stack, None, n_out)),
+    over(adapter.a, None, *inner),
+    over(adapter.b, None, *outer),
+    over(adapter.m, *outer),
   )
 
 
-def trainable_shardings(frozen: Any, trainable: Any, mesh: Mesh) -> Any:
+def trainable_shardings(frozen: Any, trainable: Any) -> Any:
   """The trainable tree with a sharding in each leaf's place.
 
   Reads where the frozen weights lie, so it follows them whatever rule put
   them there.
   """
-
-  def of(fixed, adapter):
-    if adapter is None:
-      return None
-    return adapter_sharding(fixed.w.sharding, len(fixed.w.shape))
-
   return jax.tree.map(
-    of, frozen, trainable, is_leaf=lambda x: isinstance(x, Fixed)
+    lambda fixed, adapter: adapter and adapter_sharding(fixed, adapter),
+    frozen,
+    trainable,
+    is_leaf=lambda x: isinstance(x, Fixed),
   )
 
 

@@ -130,7 +130,7 @@ MISTAKES = [
   ('train.schedule', 'cosin', ['did you mean cosine?', 'constant, linear']),
   ('data.template', 'alpacka', ['did you mean alpaca?', 'uno_reverse']),
   ('data.truncation', 'right', ['drop, left, error']),
-  ('lora.variant', 'dora', ['lora, rslora']),
+  ('model.remat', 'some', ['none, dots, full']),
   ('method', 'full', ["'full'", 'lora']),
   ('model.quant', 'nf4', ["'nf4'", 'none']),
   # not a section

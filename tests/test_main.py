@@ -234,6 +234,22 @@ VERB_ERRORS = {
     2,
     ['--batch-size 0'],
   ),
+  'export without anything': (['export'], 2, ['ADAPTER', '--for', '--out']),
+  'export for nobody': (
+    ['export', 'a', '--for', 'nobody', '--out', 'o'],
+    2,
+    ["'nobody'", 'peft', 'vllm', 'llama.cpp'],
+  ),
+  'export of nothing': (
+    ['export', './absent', '--for', 'vllm', '--out', './o'],
+    4,
+    ['absent/adapter_config.json', 'no such file'],
+  ),
+  'rows for no report': (
+    ['merge', '--model', 'm', '--adapter', 'a', '--out', './o', '--rows=3'],
+    2,
+    ['--rows is for --report'],
+  ),
   'tokens that are not there': (
     ['score', '--model', 'm', '--tokens', './absent.npz', '--out', 'o'],
     3,

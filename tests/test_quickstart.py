@@ -82,7 +82,7 @@ def test_three_steps(tmp_path):
     timeout=240,
   )  # fmt: skip
   assert (done.returncode, done.stderr) == (0, '')
-  assert '460,800 of 134,515,008' in done.stdout
+  assert '2,442,240 of 134,515,008' in done.stdout
   text = (run_dir / 'metrics.jsonl').read_text()
   lines = [json.loads(line) for line in text.splitlines()]
   losses = [line['loss'] for line in lines if 'loss' in line]

@@ -203,9 +203,7 @@ def _array(tensor: _Tensor, leaf: Any) -> np.ndarray:
   if isinstance(leaf, lora.LoraWeight):
     # In true float32 on any device, where the default may be less.
     with jax.default_matmul_precision('highest'):
-      leaf = lora.merge(
-        lora.Fixed(leaf.w, leaf.scale, None, ()), lora.Adapter(leaf.a, leaf.b)
-      )
+      leaf = leaf.merged()
   array = np.asarray(leaf)
   array = array.T if tensor.param.linear else array
   return np.ascontiguousarray(array.astype(tensor.dtype))

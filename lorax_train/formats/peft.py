@@ -1,9 +1,14 @@
 """PEFT adapter directories: adapter_config.json and adapter_model.safetensors.
 
-Names and shapes as PEFT 0.21 writes them: A is (r, in), B is (out, r). What is
-in the JSON is peft_config's.
+Names and shapes as PEFT 0.21 writes them: A is (r, in), B is (out, r), DoRA's
+magnitude (out,). What is in the JSON is peft_config's.
+
+An adapter that began from the base (PiSSA, OLoRA) is B A - B0 A0 on it. It is
+written as [B, -B0] [A; A0], of twice the rank, so that it fits the base as it
+is; PEFT alone would need the base that it changed.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -29,12 +34,16 @@ from lorax_train.lora import (
   path_of,
   resolve,
 )
+from lorax_train.lora.init import FROM_BASE
 
 PREFIX = 'base_model.model.'
 WEIGHTS_FILE = 'adapter_model.safetensors'
 
 _CARRIED = '.base_layer.weight'
-_KEY = re.compile(rf'{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight')
+_MAGNITUDE = '.lora_magnitude_vector'
+_KEY = re.compile(
+  rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))'
+)
 
 
 class LoadedAdapter(NamedTuple):
@@ -45,12 +54,14 @@ class LoadedAdapter(NamedTuple):
     factors: {module name: (A [r, in], B [r, out])} float32.
     base: base_model_name_or_path, '' if not given.
     carried: {module name: the base's own weight (out, in), saved along}.
+    magnitudes: {module name: m [out]} float32, of DoRA.
   """
 
   spec: LoraSpec
   factors: dict[str, tuple[np.ndarray, np.ndarray]]
   base: str
   carried: Mapping[str, TensorRef] = MappingProxyType({})
+  magnitudes: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def save_adapter(
@@ -75,7 +86,7 @@ def save_adapter(
   directory.mkdir(parents=True, exist_ok=True)
   tensors = to_tensors(frozen, trainable, names)
   save_file(tensors, directory / WEIGHTS_FILE, metadata={'format': 'pt'})
-  config = to_config(spec, names, base)
+  config = to_config(_written(spec), names, base)
   text = json.dumps(config, indent=2, sort_keys=True)
   (directory / CONFIG_FILE).write_text(text + '\n', 'utf-8')
 
@@ -86,17 +97,48 @@ def to_tensors(
   """{PEFT key: array} in float32, each of its module's true rank."""
   tensors = {}
   for path, fixed, adapter in _adapted(frozen, trainable):
-    r, n_in = adapter.a.shape[-2:]
-    a = np.asarray(adapter.a, np.float32).reshape(-1, r, n_in)
-    b = np.asarray(adapter.b, np.float32).reshape(-1, r, fixed.w.shape[-1])
-    for name, rank, a_i, b_i in zip(
-      names[path], fixed.ranks, a, b, strict=True
+    n_in, n_out = fixed.w.shape[-2:]
+    a = fixed.a if adapter.a is None else adapter.a
+    parts = [(_layers(a, n_in), _layers(adapter.b, n_out))]
+    if fixed.a0 is not None:
+      parts.append((_layers(fixed.a0, n_in), -_layers(fixed.b0, n_out)))
+    for i, (name, rank) in enumerate(
+      zip(names[path], fixed.ranks, strict=True)
     ):
-      if rank:
-        key = f'{PREFIX}{name}'
-        tensors[f'{key}.lora_A.weight'] = np.ascontiguousarray(a_i[:rank])
-        tensors[f'{key}.lora_B.weight'] = np.ascontiguousarray(b_i[:rank].T)
+      if not rank:
+        continue
+      key = f'{PREFIX}{name}'
+      a_i, b_i = (
+        np.concatenate([half[i, :rank] for half in halves])
+        for halves in zip(*parts, strict=True)
+      )
+      tensors[f'{key}.lora_A.weight'] = a_i
+      tensors[f'{key}.lora_B.weight'] = np.ascontiguousarray(b_i.T)
+      if adapter.m is not None:
+        m = np.asarray(adapter.m, np.float32).reshape(-1, n_out)
+        tensors[f'{key}{_MAGNITUDE}'] = m[i].copy()
   return tensors
+
+
+def _layers(factor: Any, n: int) -> np.ndarray:
+  """[*stack, R, n] as [stack, R, n] in float32."""
+  array = np.asarray(factor, np.float32)
+  return array.reshape(-1, array.shape[-2], n)
+
+
+def _written(spec: LoraSpec) -> LoraSpec:
+  """What stands in the JSON: twice the rank at the same scale, see above."""
+  if spec.init not in FROM_BASE:
+    return dataclasses.replace(spec, init='default')
+  factor = 2**0.5 if 'rslora' in spec.variants else 2
+  return dataclasses.replace(
+    spec,
+    init='default',
+    rank=2 * spec.rank,
+    alpha=factor * spec.alpha,
+    rank_pattern={k: 2 * r for k, r in spec.rank_pattern.items()},
+    alpha_pattern={k: factor * a for k, a in spec.alpha_pattern.items()},
+  )
 
 
 def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
@@ -119,29 +161,51 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
       continue
     found = _KEY.fullmatch(key)
     floating = jnp.issubdtype(ref.dtype, jnp.floating)
-    if found is None or len(ref.shape) != 2 or not floating:
+    ndim = 1 if found and found[3] else 2
+    if found is None or len(ref.shape) != ndim or not floating:
       unknown.append(f'{key} {ref.dtype}{list(ref.shape)}')
       continue
-    half = ref.read().astype(np.float32)
-    halves.setdefault(found[1], {})[found[2]] = half
+    part = ref.read().astype(np.float32)
+    halves.setdefault(found[1], {})[found[2] or 'm'] = part
   where = directory / WEIGHTS_FILE
   if unknown:
     raise ModelError(f'{where}: not LoRA factors of linears: {few(unknown)}')
   problems: list[str] = []
-  factors = {}
-  for name, pair in halves.items():
-    a, b = pair.get('A'), pair.get('B')
+  factors, magnitudes = {}, {}
+  dora = 'dora' in spec.variants
+  for name, parts in halves.items():
+    a, b, m = (parts.get(part) for part in ('A', 'B', 'm'))
     if a is None or b is None:
       problems.append(f'{name}: lora_{"B" if b is None else "A"} is missing')
     elif a.shape[0] != b.shape[1]:
       problems.append(f'{name}: A {a.shape} and B {b.shape} do not fit')
-    elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+    elif (m is not None) != dora:
+      said = 'missing' if dora else f'there, but not by {CONFIG_FILE}'
+      problems.append(f'{name}: {_MAGNITUDE[1:]} is {said}')
+    elif m is not None and len(m) != len(b):
+      problems.append(f'{name}: B {b.shape} and magnitude {m.shape} do not fit')
+    elif not all(np.isfinite(x).all() for x in parts.values()):
       problems.append(f'{name}: not finite')
     else:
       factors[name] = (a, np.ascontiguousarray(b.T))
+      if m is not None:
+        magnitudes[name] = m
   if problems or not factors:
     raise ModelError(f'{where}: {few(problems) or "no adapter in it"}')
-  return LoadedAdapter(spec, factors, base, carried)
+  return LoadedAdapter(spec, factors, base, carried, magnitudes)
+
+
+def equals(loaded: LoadedAdapter, tensors: Mapping[str, np.ndarray]) -> bool:
+  """Whether an adapter as read is that of `to_tensors`, bit for bit."""
+  again = {}
+  for name, (a, b) in loaded.factors.items():
+    again[f'{PREFIX}{name}.lora_A.weight'] = a
+    again[f'{PREFIX}{name}.lora_B.weight'] = b.T
+  for name, m in loaded.magnitudes.items():
+    again[f'{PREFIX}{name}{_MAGNITUDE}'] = m
+  return again.keys() == tensors.keys() and all(
+    np.array_equal(again[key], tensors[key]) for key in tensors
+  )
 
 
 def fill(
@@ -167,6 +231,7 @@ def fill(
   for path, fixed, adapter in _adapted(frozen, trainable):
     a = np.zeros(adapter.a.shape, np.float32)
     b = np.zeros(adapter.b.shape, np.float32)
+    m = None if adapter.m is None else np.zeros(adapter.m.shape, np.float32)
     stack = fixed.scale.shape
     for i, (name, rank) in enumerate(
       zip(names[path], fixed.ranks, strict=True)
@@ -181,7 +246,9 @@ def fill(
         continue
       at = np.unravel_index(i, stack) if stack else ()
       a[at][:rank], b[at][:rank] = theirs
-    filled[path] = Adapter(jnp.asarray(a), jnp.asarray(b))
+      if m is not None:
+        m[at] = loaded.magnitudes[name]
+    filled[path] = jax.tree.map(jnp.asarray, Adapter(a, b, m))
   if left:
     problems.append(f'factors of modules that are not targets: {few([*left])}')
   problems += [

@@ -24,7 +24,6 @@ CONFIG_FILE = 'adapter_config.json'
 # Settings under which the adapter computes something that we don't, and the
 # value that means "off" where it is not None, {} or False.
 _MUST_BE_OFF: Mapping[str, Any] = {
-  'use_dora': False,
   'use_qalora': False,
   'use_bdlora': None,
   'lora_bias': False,
@@ -52,6 +51,7 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
   'lora_alpha': (_NUMBER, ()),
   'lora_dropout': (_NUMBER, ()),
   'use_rslora': ((bool, type(None)), ()),
+  'use_dora': ((bool, type(None)), ()),
   'target_modules': (_NAMES, (str,)),
   'exclude_modules': (_NAMES, (str,)),
   'rank_pattern': ((dict, type(None)), (int,)),
@@ -79,7 +79,7 @@ def to_config(
   placed = resolve(spec, flat, strict=False)
   by_sorted = dataclasses.replace(spec, **patterns)
   if resolve(by_sorted, flat, strict=False) != placed:
-    root = math.sqrt if spec.variant == 'rslora' else float
+    root = math.sqrt if 'rslora' in spec.variants else float
     patterns = {
       'rank_pattern': {n: p.rank for n, p in placed.items()},
       'alpha_pattern': {n: p.scale * root(p.rank) for n, p in placed.items()},
@@ -103,8 +103,8 @@ def to_config(
     'r': spec.rank,
     'target_modules': targets,
     'task_type': 'CAUSAL_LM',
-    'use_dora': False,
-    'use_rslora': spec.variant == 'rslora',
+    'use_dora': 'dora' in spec.variants,
+    'use_rslora': 'rslora' in spec.variants,
   }
 
 
@@ -141,7 +141,9 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
       rank=raw.get('r', 8),
       alpha=raw.get('lora_alpha', 8),
       dropout=raw.get('lora_dropout', 0.0),
-      variant='rslora' if raw.get('use_rslora') else 'lora',
+      variant='+'.join(
+        [v for v in ('rslora', 'dora') if raw.get(f'use_{v}')] or ['lora']
+      ),
       exclude=_from_targets(raw.get('exclude_modules') or ''),
       rank_pattern=raw.get('rank_pattern') or {},
       alpha_pattern=raw.get('alpha_pattern') or {},

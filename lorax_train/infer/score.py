@@ -7,7 +7,6 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,14 +56,14 @@ def score(
     DataError: arrays missing, of the wrong kind, or ids past the embedding.
     ModelError: what is wrong with the model or the adapter.
   """
-  arrays = _read(Path(tokens))
+  arrays = read_tokens(tokens)
   apply, params = load_params(find.find_model(model), None, adapter, dtype)
-  _check_ids(arrays, params['embed_tokens'].shape[0], str(tokens))
+  check_ids(arrays, params['embed_tokens'].shape[0], str(tokens))
   run = jax.jit(lambda params, ids, mask: apply(params, ids, mask_BS=mask))
   logits = np.concatenate(
     [
       np.asarray(run(params, ids, mask))[:n]
-      for ids, mask, n in _batches(arrays, batch_size)
+      for ids, mask, n in batches(arrays, batch_size)
     ]
   )
   result: dict[str, Any] = {'logits': logits}
@@ -100,7 +99,12 @@ def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
   return float(total / count) if count else float('nan')
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def read_tokens(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """`ids`, and where they are there `mask` and `labels`, of an npz file.
+
+  Raises:
+    DataError: no such file, or arrays missing or of the wrong kind.
+  """
   try:
     with open(path, 'rb') as file:
       found = np.load(file, allow_pickle=False)
@@ -136,9 +140,12 @@ def _read(path: Path) -> dict[str, np.ndarray]:
   return arrays
 
 
-def _check_ids(
-  arrays: Mapping[str, np.ndarray], vocab: int, where: str
-) -> None:
+def check_ids(arrays: Mapping[str, np.ndarray], vocab: int, where: str) -> None:
+  """Refuses ids and labels that are none of a vocabulary.
+
+  Raises:
+    DataError: the first of them.
+  """
   ids, labels = arrays['ids'], arrays.get('labels')
   for name, x, allowed in (('ids', ids, ()), ('labels', labels, (IGNORED,))):
     if x is None:
@@ -152,7 +159,7 @@ def _check_ids(
       )
 
 
-def _batches(
+def batches(
   arrays: Mapping[str, np.ndarray], batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
   """(ids, mask, rows that count): all of one shape, so one compilation."""

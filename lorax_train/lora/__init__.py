@@ -7,8 +7,17 @@ grads = jax.grad(lambda t: loss(lora.bind(frozen, t), batch))(trainable)
 merged = lora.merge(frozen, trainable)
 """
 
+from lorax_train.lora import algebra, mixing
 from lorax_train.lora.spec import LoraSpec, Placement, resolve
-from lorax_train.lora.split import bind, count, merge, path_of, split
+from lorax_train.lora.split import (
+  bind,
+  count,
+  fixed_factors,
+  merge,
+  path_of,
+  split,
+  with_fixed_factors,
+)
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
 
 __all__ = [
@@ -17,10 +26,14 @@ __all__ = [
   'LoraSpec',
   'LoraWeight',
   'Placement',
+  'algebra',
   'bind',
   'count',
+  'fixed_factors',
   'merge',
+  'mixing',
   'path_of',
   'resolve',
   'split',
+  'with_fixed_factors',
 ]

@@ -12,8 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from lorax_train.lora.init import FROM_BASE, INITS
+
 ALL_LINEAR = 'all-linear'
-VARIANTS = ('lora', 'rslora')
+# What `variant` may be made of, with + between them.
+VARIANTS = ('lora', 'rslora', 'dora', 'lora_fa')
 
 # A list of names has only these characters; anything else is a regex.
 _NAME_LIST = re.compile(r'[\w.]+(\s*,\s*[\w.]+)*\s*,?')
@@ -30,10 +33,13 @@ class LoraSpec:
       of that name or one whose path ends in `.name`), or a regex that matches
       the whole path, or 'all-linear' (every linear but the output head).
     rank: r.
-    alpha: strength; the update is multiplied by alpha / r ('lora') or by
-      alpha / sqrt(r) ('rslora', Kalajdzievski 2023).
+    alpha: strength; the update is multiplied by alpha / r, or by
+      alpha / sqrt(r) with 'rslora' (Kalajdzievski 2023).
     dropout: rate on the adapter's input, in [0, 1).
-    variant: 'lora' or 'rslora'.
+    variant: 'lora', or one or more of these with + between: 'rslora' (see
+      alpha); 'dora' (Liu et al. 2024: lengths of columns are trained apart);
+      'lora_fa' (Zhang et al. 2023: A stays as it begins).
+    init: how A and B begin, one of `init.INITS`.
     exclude: names or a regex, as `targets`; wins over it. '' for none.
     rank_pattern: {regex: rank}; the first that matches `(.*\\.)?(regex)$`
       wins.
@@ -47,6 +53,7 @@ class LoraSpec:
   alpha: float = 16.0
   dropout: float = 0.0
   variant: str = 'lora'
+  init: str = 'default'
   exclude: str = ''
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -56,8 +63,16 @@ class LoraSpec:
     problems = []
     if not self.targets.strip():
       problems.append('targets is empty: name modules, or all-linear')
-    if self.variant not in VARIANTS:
-      problems.append(f'variant {self.variant!r} is none of {VARIANTS}')
+    if not self.variants <= set(VARIANTS):
+      problems.append(
+        f'variant {self.variant!r} is not of {", ".join(VARIANTS)}, with +'
+        ' between them'
+      )
+    if self.init not in INITS:
+      problems.append(f'init {self.init!r} is none of {", ".join(INITS)}')
+    least = min([self.alpha, *self.alpha_pattern.values()])
+    if self.init in FROM_BASE and least <= 0:
+      problems.append(f'init {self.init} needs an alpha above 0, not {least}')
     for where, rank in [('rank', self.rank), *self.rank_pattern.items()]:
       if type(rank) is not int or rank < 1:
         problems.append(f'{where}: a rank of {rank} is no integer above 0')
@@ -82,6 +97,11 @@ class LoraSpec:
     if problems:
       raise ValueError('; '.join(problems))
 
+  @property
+  def variants(self) -> set[str]:
+    """What `variant` is made of."""
+    return {part.strip() for part in self.variant.split('+')}
+
 
 class Placement(NamedTuple):
   """The adapter of one module.
@@ -90,11 +110,17 @@ class Placement(NamedTuple):
     rank: r.
     scale: alpha / r, or alpha / sqrt(r).
     dropout: rate on its input.
+    init: how A and B begin.
+    dora: whether lengths of columns are trained apart.
+    train_a: whether A is trained.
   """
 
   rank: int
   scale: float
   dropout: float = 0.0
+  init: str = 'default'
+  dora: bool = False
+  train_a: bool = True
 
 
 def target_list(text: str) -> list[str] | None:
@@ -126,8 +152,8 @@ def resolve(
       matches nothing, and the names there are.
 
   >>> names = ['layers.0.q_proj', 'layers.0.v_proj', 'lm_head']
-  >>> resolve(LoraSpec('q_proj', rank=4, alpha=8), names)
-  {'layers.0.q_proj': Placement(rank=4, scale=2.0, dropout=0.0)}
+  >>> resolve(LoraSpec('q_proj', rank=4, alpha=8), names)['layers.0.q_proj']
+  Placement(rank=4, scale=2.0, dropout=0.0, init='default', dora=False, train_a=True)
   """
   chosen = [
     n
@@ -182,8 +208,15 @@ def _placement(spec: LoraSpec, name: str) -> Placement:
   alpha_key = _first(spec.alpha_pattern, name)
   rank = spec.rank if rank_key is None else spec.rank_pattern[rank_key]
   alpha = spec.alpha if alpha_key is None else spec.alpha_pattern[alpha_key]
-  root = math.sqrt(rank) if spec.variant == 'rslora' else rank
-  return Placement(rank, alpha / root, spec.dropout)
+  root = math.sqrt(rank) if 'rslora' in spec.variants else rank
+  return Placement(
+    rank,
+    alpha / root,
+    spec.dropout,
+    spec.init,
+    'dora' in spec.variants,
+    'lora_fa' not in spec.variants,
+  )
 
 
 def _unmatched(

@@ -8,20 +8,22 @@ Both halves keep the outline of `params`; None has no leaves, so `jax.grad`,
 optax and a checkpoint of `trainable` see A and B alone.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
+from lorax_train.lora import axes as axes_lib
+from lorax_train.lora.init import begin
 from lorax_train.lora.spec import LoraSpec, Placement, resolve
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
 
 Params = Any
 Names = Mapping[str, tuple[str, ...]]
+Layout = Mapping[str, str]
 
 
 def path_of(path: tuple) -> str:
@@ -34,20 +36,22 @@ def split(
   params: Params,
   spec: LoraSpec | Mapping[str, Placement],
   names: Names | None = None,
+  layout: Layout | None = None,
 ) -> tuple[Params, Params]:
   """Splits parameters into (frozen, trainable), with new factors A and B.
 
-  A is uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5), PEFT's default) and
-  B zero, so the function is unchanged at the start. Nothing of W is copied.
-  Works under `jax.eval_shape`, so counts need no weights.
+  The function is unchanged at the start. Nothing of W is copied. Works under
+  `jax.eval_shape`, so counts need no weights.
 
   Args:
     key: typed PRNG key; each adapter's own key is folded in by path.
-    params: tree of weights [*stack, in, out] and whatever else.
+    params: tree of weights and whatever else.
     spec: what to adapt, or `resolve`'s answer for names already resolved.
     names: {path: module names, one for each stack index, row-major} of the
-      leaves that may be adapted. None: every leaf of two or more axes, under
-      its own path with dots.
+      leaves that may be adapted. None: every leaf that `layout` has, under its
+      own path with dots.
+    layout: {path: `Fixed.axes`}, what each axis of a leaf is; see `layout`.
+      None: every leaf of two or more axes is [*stack, in, out].
 
   Returns:
     (frozen, trainable), see the head of this file.
@@ -55,6 +59,7 @@ def split(
   Raises:
     ValueError: targets that match nothing, names that don't fit the leaves.
 
+  >>> import jax.numpy as jnp
   >>> params = {'q': jnp.ones((3, 5)), 'norm': jnp.ones(3)}
   >>> spec = LoraSpec('q', rank=2, alpha=4)
   >>> frozen, trainable = split(jax.random.key(0), params, spec)
@@ -66,8 +71,9 @@ def split(
     params, is_leaf=_is_weight
   )
   by_path = {path_of(path): leaf for path, leaf in leaves}
-  names = _default_names(by_path) if names is None else names
-  _check_names(by_path, names)
+  layout = _default_layout(by_path) if layout is None else layout
+  names = _default_names(by_path, layout) if names is None else names
+  _check(by_path, layout, names)
   if isinstance(spec, LoraSpec):
     flat = [name for path in by_path for name in names.get(path, ())]
     spec = resolve(spec, flat)
@@ -80,12 +86,12 @@ def split(
       frozen.append(w)
       trainable.append(None)
       continue
-    ranks = tuple(p.rank if p else 0 for p in places)
-    scale = _per_layer(w, [p.scale if p else 0.0 for p in places])
-    drops = [p.dropout if p else 0.0 for p in places]
-    rate = _per_layer(w, drops) if any(drops) else None
-    frozen.append(Fixed(w, scale, rate, ranks))
-    trainable.append(_init(_key_at(key, path), w.shape, ranks))
+    try:
+      half, adapter = begin(_key_at(key, path), w, layout[path], places)
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from None
+    frozen.append(half)
+    trainable.append(adapter)
   return treedef.unflatten(frozen), treedef.unflatten(trainable)
 
 
@@ -101,6 +107,7 @@ def bind(
     trainable: from `split`, or trained.
     key: typed PRNG key of this step; given, dropout is on.
 
+  >>> import jax.numpy as jnp
   >>> params = {'q': jnp.ones((3, 5))}
   >>> halves = split(jax.random.key(0), params, LoraSpec('q', rank=2))
   >>> (jnp.ones((1, 3)) @ bind(*halves)['q']).shape
@@ -112,12 +119,27 @@ def bind(
       return fixed
     if not isinstance(fixed, Fixed):
       raise ValueError(f'{path_of(path)}: an adapter but no frozen half')
+    if not axes_lib.is_matrix(fixed.axes):
+      raise ValueError(
+        f'{path_of(path)} of axes {fixed.axes} is no [*stack, in, out], for'
+        ' which @ could stand: use lora.transform'
+      )
     keys = None
     if key is not None and fixed.rate is not None:
       own, stack = _key_at(key, path_of(path)), fixed.scale.shape
       keys = jax.random.split(own, stack) if stack else own
-    rate = None if keys is None else fixed.rate
-    return LoraWeight(fixed.w, adapter.a, adapter.b, fixed.scale, rate, keys)
+    return LoraWeight(
+      w=fixed.w,
+      a=fixed.a if adapter.a is None else adapter.a,
+      b=adapter.b,
+      scale=fixed.scale,
+      rate=None if keys is None else fixed.rate,
+      key=keys,
+      a0=fixed.a0,
+      b0=fixed.b0,
+      norm2=fixed.norm2,
+      m=adapter.m,
+    )
 
   return jax.tree_util.tree_map_with_path(
     join, frozen, trainable, is_leaf=_is_half
@@ -134,12 +156,52 @@ def merge(frozen: Params, trainable: Params) -> Params:
   def join(fixed, adapter):
     if adapter is None:
       return fixed
-    delta = jnp.einsum(
-      '...ri,...ro,...->...io', adapter.a, adapter.b, fixed.scale
+    axes = fixed.axes
+    w = axes_lib.to_matrices(fixed.w, axes)
+    halves = jax.tree.map(
+      lambda x: axes_lib.flatten(x, axes),
+      (adapter.b, fixed.a if adapter.a is None else adapter.a,
+       fixed.a0, fixed.b0),
+    )  # fmt: skip
+    b, a, a0, b0 = halves
+    whole = LoraWeight(
+      w, a, b, fixed.scale, a0=a0, b0=b0, norm2=fixed.norm2, m=adapter.m
     )
-    return (fixed.w.astype(jnp.float32) + delta).astype(fixed.w.dtype)
+    return axes_lib.from_matrices(whole.merged(), fixed.w.shape, axes)
 
   return jax.tree.map(join, frozen, trainable, is_leaf=_is_half)
+
+
+def fixed_factors(frozen: Params) -> Params:
+  """The factors that training leaves alone, to be kept with a checkpoint.
+
+  LoRA-FA's A, and what PiSSA and OLoRA began with: another machine's SVD would
+  give other ones. A tree of Adapters, None where there are none.
+  """
+
+  def of(fixed):
+    if not isinstance(fixed, Fixed):
+      return None
+    a = fixed.a if fixed.a0 is None else fixed.a0
+    return None if a is None else Adapter(a, fixed.b0)
+
+  return jax.tree.map(of, frozen, is_leaf=_is_half)
+
+
+def with_fixed_factors(frozen: Params, factors: Params) -> Params:
+  """`frozen` with what `fixed_factors` once gave in place of its own."""
+
+  def put(fixed, kept):
+    if kept is None:
+      return fixed
+    return dataclasses.replace(
+      fixed,
+      a=None if fixed.a is None else kept.a,
+      a0=None if fixed.a0 is None else kept.a,
+      b0=kept.b,
+    )
+
+  return jax.tree.map(put, frozen, factors, is_leaf=_is_half)
 
 
 def count(frozen: Params) -> tuple[int, int]:
@@ -147,15 +209,22 @@ def count(frozen: Params) -> tuple[int, int]:
 
   Reads shapes only. Base is what the model has without adapters.
 
-  >>> halves = split(jax.random.key(0), {'q': jnp.ones((3, 5))},
-  ...                LoraSpec('q', rank=2))
+  >>> params = {'q': jax.numpy.ones((3, 5))}
+  >>> halves = split(jax.random.key(0), params, LoraSpec('q', rank=2))
   >>> count(halves[0])
   (16, 15)
   """
   trainable = base = 0
   for leaf in jax.tree.leaves(frozen, is_leaf=_is_half):
     if isinstance(leaf, Fixed):
-      trainable += sum(leaf.ranks) * sum(leaf.w.shape[-2:])
+      n_in, n_out = (
+        math.prod(axes_lib.sizes(leaf.w.shape, leaf.axes, kind))
+        for kind in 'io'
+      )
+      a_row = n_in if leaf.a is None else 0
+      trainable += sum(leaf.ranks) * (a_row + n_out)
+      if leaf.norm2 is not None:
+        trainable += sum(rank > 0 for rank in leaf.ranks) * n_out
       leaf = leaf.w
     base += math.prod(leaf.shape)
   return trainable, base
@@ -176,44 +245,49 @@ def _key_at(key: jax.Array, path: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def _per_layer(w: Any, values: list[float]) -> jax.Array:
-  """One number for each stack index, [*stack] float32."""
-  return jnp.asarray(np.array(values, np.float32).reshape(w.shape[:-2]))
-
-
-def _init(
-  key: jax.Array, shape: tuple[int, ...], ranks: tuple[int, ...]
-) -> Adapter:
-  *stack, n_in, n_out = shape
-  r = max(ranks)
-  bound = 1.0 / math.sqrt(n_in)
-  a = jax.random.uniform(key, (*stack, r, n_in), jnp.float32, -bound, bound)
-  if min(ranks) < r:
-    live = np.arange(r) < np.array(ranks).reshape(*stack, 1)
-    a = jnp.where(live[..., None], a, 0.0)
-  return Adapter(a, jnp.zeros((*stack, r, n_out), jnp.float32))
-
-
-def _default_names(by_path: Mapping[str, Any]) -> Names:
+def _default_layout(by_path: Mapping[str, Any]) -> Layout:
   return {
-    path: (path.replace('/', '.'),) * math.prod(w.shape[:-2])
+    path: axes_lib.default(len(w.shape))
     for path, w in by_path.items()
     if w is not None and len(w.shape) >= 2
   }
 
 
-def _check_names(by_path: Mapping[str, Any], names: Names) -> None:
+def _default_names(by_path: Mapping[str, Any], layout: Layout) -> Names:
+  return {
+    path: (path.replace('/', '.'),) * _stacked(by_path[path], layout[path])
+    for path in by_path
+    if path in layout
+  }
+
+
+def _stacked(w: Any, axes: str) -> int:
+  """How many stack indices a leaf has."""
+  return math.prod(axes_lib.sizes(w.shape, axes, 's'))
+
+
+def _check(by_path: Mapping[str, Any], layout: Layout, names: Names) -> None:
   problems = []
+  for path, axes in layout.items():
+    shape = getattr(by_path.get(path), 'shape', None)
+    if shape is None:
+      problems.append(f'layout has {path!r}, which params has not')
+    elif len(axes) != len(shape) or set(axes) - {'s'} != {'i', 'o'}:
+      problems.append(
+        f'layout {axes!r} of {path} of shape {shape}: give a letter an axis, s'
+        ' (stack), i (in) or o (out), and each of i and o at least once'
+      )
+  if problems:
+    raise ValueError('; '.join(problems))
   for path, of_stack in names.items():
     w = by_path.get(path)
     if w is None:
       problems.append(f'names has {path!r}, which params has not')
-    elif len(w.shape) < 2:
+    elif path not in layout:
       problems.append(f'{path} has shape {w.shape}: no [in, out] to factor')
-    elif len(of_stack) != math.prod(w.shape[:-2]):
+    elif len(of_stack) != (n := _stacked(w, layout[path])):
       problems.append(
-        f'{path} of shape {w.shape} wants {math.prod(w.shape[:-2])} names,'
-        f' got {len(of_stack)}'
+        f'{path} of shape {w.shape} wants {n} names, got {len(of_stack)}'
       )
   if problems:
     raise ValueError('; '.join(problems))

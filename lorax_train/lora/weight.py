@@ -34,44 +34,63 @@ def _node(*data: str, static: tuple[str, ...] = ()):
   return wrap
 
 
-@_node('w', 'scale', 'rate', static=('ranks',))
+@_node('w', 'scale', 'rate', 'a', 'a0', 'b0', 'norm2', static=('ranks', 'axes'))
 class Fixed:
   """The frozen half of an adapted leaf.
 
   Attributes:
-    w: [*stack, in, out], an array or anything with the weight protocol.
+    w: an array, or anything with the weight protocol.
     scale: [*stack] float32: alpha / r, or alpha / sqrt(r) for rsLoRA; 0 where
       the stack index has no adapter.
     rate: [*stack] float32 dropout rate, None without dropout.
     ranks: the true rank of each stack index, row-major. Static: counts and
       export need it, the arithmetic doesn't (factors are padded with zeros).
+    axes: what each axis of w is to the function, a letter an axis: `s` stack,
+      `i` contracted (in), `o` kept (out). [*stack, in, out] is 'io', 'sio' ...
+    a: A where it is frozen (LoRA-FA), else None.
+    a0: [*stack, R, *in], with b0 what is subtracted from the update, so that
+      it starts from nothing though A and B do not (PiSSA, OLoRA).
+    b0: [*stack, R, *out].
+    norm2: [*stack, out] float32 squares of W's norms over in (DoRA).
   """
 
   w: Array
   scale: Array
   rate: Array | None
   ranks: tuple[int, ...]
+  axes: str
+  a: Array | None = None
+  a0: Array | None = None
+  b0: Array | None = None
+  norm2: Array | None = None
 
 
-@_node('a', 'b')
+@_node('a', 'b', 'm')
 class Adapter:
-  """The trainable half: A [*stack, R, in] and B [*stack, R, out], float32.
+  """The trainable half, float32.
 
   A is in PEFT's layout and B in its transpose. Rows past a stack index's true
   rank are zero in both, and stay exactly zero under any elementwise optimizer:
   each one's gradient is a product with the other.
+
+  Attributes:
+    a: [*stack, R, *in]; None where it is frozen.
+    b: [*stack, R, *out].
+    m: [*stack, out] DoRA's magnitude, None without it.
   """
 
-  a: Array
+  a: Array | None
   b: Array
+  m: Array | None = None
 
 
-@_node('w', 'a', 'b', 'scale', 'rate', 'key')
+@_node('w', 'a', 'b', 'scale', 'rate', 'key', 'a0', 'b0', 'norm2', 'm')
 class LoraWeight:
-  """W and its low-rank update, behaving as the sum under the protocol.
+  """W [*stack, in, out] and its low-rank update, behaving as the sum.
 
   `key` ([*stack] typed PRNG keys) turns dropout on: it falls on the input of
-  A only, as in the paper and in PEFT.
+  A only, as in the paper and in PEFT. The others are as in `Fixed` and
+  `Adapter`.
   """
 
   w: Array
@@ -80,6 +99,10 @@ class LoraWeight:
   scale: Array
   rate: Array | None = None
   key: Array | None = None
+  a0: Array | None = None
+  b0: Array | None = None
+  norm2: Array | None = None
+  m: Array | None = None
 
   # numpy must hand `x @ weight` to us instead of trying elementwise.
   __array_ufunc__ = None
@@ -102,6 +125,9 @@ class LoraWeight:
   def apply_to(self, x: Array, out_dtype: Any = None) -> Array:
     """x @ (W + scale A^T B) as x @ W + ((x A^T) scale) B.
 
+    With DoRA (Liu et al. 2024, equation 5) the columns of that sum are then
+    brought to the length m.
+
     Args:
       x: [..., in]; the factors are cast to its dtype here, inside whatever
         scan we are in, so no second copy of all the adapters exists.
@@ -111,11 +137,41 @@ class LoraWeight:
       [..., out].
     """
     base = product(x, self.w, out_dtype)
+    dropped = x
     if self.key is not None and self.rate is not None:
-      x = _dropped(x, self.key, self.rate)
-    u = _contract(x, self.a.astype(x.dtype), -1)
+      dropped = _dropped(x, self.key, self.rate)
+    update = self._branch(dropped, self.a, self.b, out_dtype)
+    if self.a0 is not None:
+      update = update - self._branch(x, self.a0, self.b0, out_dtype)
+    if self.m is None:
+      return base + update
+    gain = _over_rows(self._gain(), base).astype(base.dtype)
+    if dropped is x:
+      return gain * (base + update)
+    # As PEFT: what m adds to the base is an update, and so sees dropout.
+    return (
+      base + (gain - 1) * product(dropped, self.w, out_dtype) + gain * update
+    )
+
+  def _branch(self, x: Array, a: Array, b: Array, out_dtype: Any) -> Array:
+    u = _contract(x, a.astype(x.dtype), -1)
     u = u * _over_rank(self.scale, u).astype(u.dtype)
-    return base + _contract(u, self.b.astype(x.dtype), -2, out_dtype)
+    return _contract(u, b.astype(x.dtype), -2, out_dtype)
+
+  def _gain(self) -> Array:
+    """m / |W + scale A^T B| over in, [*stack, out]; 1 without an adapter.
+
+    The norm counts as a constant in the backward pass (section 4.3).
+    """
+    assert self.m is not None
+    a, b, scale = lax.stop_gradient((self.a, self.b, self.scale))
+    if self.a0 is not None and self.b0 is not None:
+      a = jnp.concatenate([a, self.a0], -2)
+      b = jnp.concatenate([b, -self.b0], -2)
+    with jax.default_matmul_precision('highest'):
+      norm2 = sum_norm2(self.w, self.norm2, a, b, scale)
+    live = (scale != 0)[..., None] & (norm2 > 0)
+    return jnp.where(live, self.m / jnp.sqrt(jnp.where(live, norm2, 1.0)), 1.0)
 
   def __rmatmul__(self, x: Array) -> Array:
     return self.apply_to(x)
@@ -124,6 +180,8 @@ class LoraWeight:
     """Rows of W + scale A^T B: the embedding look-up, [..., out]."""
     if len(self.shape) != 2:
       raise ValueError(f'look-up in a stacked weight of shape {self.shape}')
+    if self.m is not None or self.a0 is not None:
+      raise ValueError('a look-up has neither DoRA nor a base that is adapted')
     rows = self.w[ids]
     u = jnp.moveaxis(self.a[:, ids], 0, -1) * self.scale
     return rows + _contract(u, self.b, -2).astype(rows.dtype)
@@ -133,9 +191,43 @@ class LoraWeight:
     """The transpose: A and B change places. Dropout has no meaning there."""
     if self.key is not None:
       raise ValueError('a transposed adapter has no input to drop from')
+    if self.m is not None:
+      raise ValueError('DoRA has lengths of columns, not of rows: no transpose')
     return LoraWeight(
-      w=jnp.swapaxes(self.w, -1, -2), a=self.b, b=self.a, scale=self.scale
-    )
+      w=jnp.swapaxes(self.w, -1, -2), a=self.b, b=self.a, scale=self.scale,
+      a0=self.b0, b0=self.a0,
+    )  # fmt: skip
+
+  def merged(self) -> Array:
+    """The sum itself, made in float32, in W's own dtype."""
+    delta = low_rank(self.a, self.b, self.scale)
+    if self.a0 is not None:
+      delta = delta - low_rank(self.a0, self.b0, self.scale)
+    total = self.w.astype(jnp.float32) + delta
+    if self.m is not None:
+      total = total * self._gain()[..., None, :]
+    return total.astype(self.w.dtype)
+
+
+def low_rank(a: Array, b: Array, scale: Array) -> Array:
+  """scale A^T B [*stack, in, out]."""
+  return jnp.einsum('...ri,...ro,...->...io', a, b, scale)
+
+
+def sum_norm2(
+  w: Array, norm2: Array, a: Array, b: Array, scale: Array
+) -> Array:
+  """|W + scale A^T B|^2 over in [*stack, out], without making that sum.
+
+  |W|^2 + 2 scale <W, A^T B> + scale^2 |A^T B|^2, of which the second is B times
+  A W, and the third B times (A A^T) B: as much work as R rows of x.
+  """
+  s = scale[..., None]
+  aw = product(a, w)
+  aa = jnp.einsum('...ri,...qi->...rq', a, a)
+  cross = jnp.einsum('...ro,...ro->...o', b, aw)
+  square = jnp.einsum('...ro,...rq,...qo->...o', b, aa, b)
+  return norm2 + 2 * s * cross + s**2 * square
 
 
 def _dropped(x: Array, key: Array, rate: Array) -> Array:
@@ -180,6 +272,12 @@ def _contract(x: Array, w: Array, axis: int, out_dtype: Any = None) -> Array:
     )
   dims = (((x.ndim - 1,), (w.ndim + axis,)), (batch, batch))
   return lax.dot_general(x, w, dims, preferred_element_type=out_dtype)
+
+
+def _over_rows(gain: Array, y: Array) -> Array:
+  """gain [*stack, out] with axes of size 1 until it broadcasts over y."""
+  *stack, n = gain.shape
+  return gain.reshape(*stack, *(1,) * (y.ndim - gain.ndim), n)
 
 
 def _over_rank(scale: Array, u: Array) -> Array:

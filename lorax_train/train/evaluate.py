@@ -1,6 +1,6 @@
 """Mean next-token loss per learned token: of the loop, and of the verb `eval`.
 
-The base model is the run's own program with factors of zero, so both losses
+The base model is the run's own program with scales of zero, so both losses
 come from one compilation.
 """
 
@@ -45,12 +45,12 @@ def make_evaluate(
   rows: Rows,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-) -> Callable[[Tree], float | None]:
-  """trainable -> mean loss a learned token over the held-out rows.
+) -> Callable[..., float | None]:
+  """(trainable, frozen) -> mean loss a learned token over the held-out rows.
 
   Args:
     apply: (params, ids) -> logits.
-    frozen: from `lora.split`.
+    frozen: from `lora.split`; what is taken where none is given.
     rows: its held-out rows are evaluated; of none, the loss is None.
     batch_size: rows of a batch, over all devices.
     mesh: devices.
@@ -58,7 +58,7 @@ def make_evaluate(
   eval_step = jax.jit(step_lib.make_eval_step(apply))
   sharding = parallel.batch_sharding(mesh, axis=0)
 
-  def evaluate(trainable: Tree) -> float | None:
+  def evaluate(trainable: Tree, frozen: Tree = frozen) -> float | None:
     total, count = 0.0, 0
     for batch in batches.eval_batches(
       rows.eval_set, rows.eval_rows, batch_size, rows.length, rows.pad_id
@@ -234,7 +234,7 @@ def _evaluate(
       cfg.train.batch_size,
       mesh,
     )
-    base = evaluate(jax.tree.map(jnp.zeros_like, trainable))
+    base = evaluate(trainable, _switched_off(frozen))
     adapted = evaluate(trainable) if adapters.loaded else None
   of_base = _of_loss('base', base, cfg.model.dtype)
   of_adapted = (
@@ -253,6 +253,17 @@ def _evaluate(
     'adapted': of_adapted,
     'change_percent': of_adapted and _change(of_base, of_adapted),
   }
+
+
+def _switched_off(frozen: Tree) -> Tree:
+  """`frozen` with every adapter's scale 0, which is the base alone."""
+
+  def off(x):
+    if not isinstance(x, lora.Fixed):
+      return x
+    return dataclasses.replace(x, scale=jnp.zeros_like(x.scale))
+
+  return jax.tree.map(off, frozen, is_leaf=lambda x: isinstance(x, lora.Fixed))
 
 
 def _of_loss(what: str, loss: float | None, dtype: str) -> Report:

@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from safetensors import SafetensorError
 
 from lorax_train.config import TrainConfig
@@ -74,10 +72,6 @@ def _check(
     OSError: it does not.
     ModelError: it is not finite.
   """
-  loaded = peft.load_adapter(directory)
-  again = peft.fill(loaded, frozen, trainable, adapters.names)
-  same = jax.tree.map(
-    lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), trainable, again
-  )
-  if not all(jax.tree.leaves(same)):
+  written = peft.to_tensors(frozen, trainable, adapters.names)
+  if not peft.equals(peft.load_adapter(directory), written):
     raise OSError(f'{directory}: the adapter does not read back as written')

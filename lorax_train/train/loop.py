@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_train import config as config_lib
-from lorax_train import parallel
+from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
 from lorax_train.formats import find, hf, hf_config, safetensors
@@ -101,18 +101,21 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     state, shardings = setup.init_state(tx, frozen, trainable, mesh)
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
+      state._replace(fixed_factors=lora.fixed_factors(frozen)),
     )
     found = checkpoint.restore_latest(run_dir / 'checkpoints', like, say)
     if found is not None:
-      state = found
+      frozen = lora.with_fixed_factors(frozen, found.fixed_factors)
+      state = found._replace(fixed_factors=None)
       say(f'resumed    at step {int(state.step)}')
 
     # --- the step: one shape, compiled once, ahead of the loop
     began = time.monotonic()
     apply = setup.make_apply(cfg, model_cfg)
     step = jax.jit(
-      step_lib.make_train_step(apply, tx, setup.dropout_key(cfg, frozen)),
+      step_lib.make_train_step(
+        apply, tx, setup.noise_key(cfg, frozen), cfg.train.neftune_alpha
+      ),
       donate_argnums=0,
       out_shardings=(shardings, parallel.replicated(mesh)),
     )
@@ -217,7 +220,8 @@ def _train(
         look(at, state.trainable)
       if save:
         log.sync()
-        checkpoint.save(run_dir / 'checkpoints', at, state, cfg.checkpoint.keep)
+        kept = state._replace(fixed_factors=lora.fixed_factors(frozen))
+        checkpoint.save(run_dir / 'checkpoints', at, kept, cfg.checkpoint.keep)
         saved = at
       pending, began = [], time.monotonic()
   if int(state.step) < steps:

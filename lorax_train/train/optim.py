@@ -1,8 +1,11 @@
-"""The optimizer: clipping, AdamW on the factors, a schedule."""
+"""The optimizer: clipping, AdamW on the factors, a schedule, LoRA+."""
 
 import dataclasses
 
+import jax
 import optax
+
+from lorax_train import lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,7 @@ class OptimConfig:
   beta2: float = 0.999
   epsilon: float = 1e-8
   clip_norm: float = 0.0
+  lora_plus_ratio: float = 1.0
 
 
 def make_schedule(cfg: OptimConfig) -> optax.Schedule:
@@ -39,14 +43,32 @@ def make_schedule(cfg: OptimConfig) -> optax.Schedule:
 
 
 def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-  """clip by global norm -> AdamW (Loshchilov & Hutter 2019)."""
-  adamw = optax.adamw(
-    make_schedule(cfg),
-    b1=cfg.beta1,
-    b2=cfg.beta2,
-    eps=cfg.epsilon,
-    weight_decay=cfg.weight_decay,
+  """clip by global norm -> AdamW (Loshchilov & Hutter 2019) -> LoRA+."""
+  parts = [
+    optax.adamw(
+      make_schedule(cfg),
+      b1=cfg.beta1,
+      b2=cfg.beta2,
+      eps=cfg.epsilon,
+      weight_decay=cfg.weight_decay,
+    )
+  ]
+  if cfg.clip_norm:
+    parts.insert(0, optax.clip_by_global_norm(cfg.clip_norm))
+  if cfg.lora_plus_ratio != 1.0:
+    parts.append(lora_plus(cfg.lora_plus_ratio))
+  return parts[0] if len(parts) == 1 else optax.chain(*parts)
+
+
+def lora_plus(ratio: float) -> optax.GradientTransformation:
+  """B's updates times `ratio`: LoRA+ (Hayou et al. 2024)."""
+
+  def faster(x):
+    is_adapter = isinstance(x, lora.Adapter)
+    return dataclasses.replace(x, b=x.b * ratio) if is_adapter else x
+
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(
+      faster, updates, is_leaf=lambda x: isinstance(x, lora.Adapter)
+    )
   )
-  if not cfg.clip_norm:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), adamw)

@@ -223,8 +223,12 @@ def split(
   frozen, trainable = lora.split(key, params, adapters.placed, adapters.names)
   if adapters.loaded is not None:
     trainable = peft.fill(adapters.loaded, frozen, trainable, adapters.names)
-  shardings = parallel.trainable_shardings(frozen, trainable, mesh)
-  return frozen, jax.device_put(trainable, shardings)
+
+  def put(tree: Tree) -> Tree:
+    return jax.device_put(tree, parallel.trainable_shardings(frozen, tree))
+
+  factors = put(lora.fixed_factors(frozen))
+  return lora.with_fixed_factors(frozen, factors), put(trainable)
 
 
 def init_state(
@@ -234,7 +238,7 @@ def init_state(
   mesh: jax.sharding.Mesh,
 ) -> tuple[TrainState, TrainState]:
   """The state before the first step, and where each part of it lies."""
-  of_factors = parallel.trainable_shardings(frozen, trainable, mesh)
+  of_factors = parallel.trainable_shardings(frozen, trainable)
   whole = parallel.replicated(mesh)
   shapes = jax.eval_shape(functools.partial(step_lib.init_state, tx=tx), trainable)  # fmt: skip
   shardings = TrainState(
@@ -254,10 +258,10 @@ def init_state(
   return init(trainable), shardings
 
 
-def dropout_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:
-  """Root key of dropout, apart from the factors' own; None without it."""
+def noise_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:
+  """Root key of dropout and NEFTune, apart from the factors'; None without."""
   is_fixed = lambda x: isinstance(x, lora.Fixed)  # noqa: E731
   halves = filter(is_fixed, jax.tree.leaves(frozen, is_leaf=is_fixed))
-  if all(half.rate is None for half in halves):
+  if not cfg.train.neftune_alpha and all(half.rate is None for half in halves):
     return None
   return jax.random.fold_in(jax.random.key(cfg.train.seed), 1)

@@ -14,12 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from lorax_train import lora
+from lorax_train.train import neftune
 
 Tree = Any
 Batch = dict[str, jax.Array]
 Apply = Callable[..., jax.Array]
 
 IGNORED = -100
+
+_NEFTUNE = 0x4E45  # what is folded into the step's key for it
 
 
 class TrainState(NamedTuple):
@@ -29,11 +32,14 @@ class TrainState(NamedTuple):
     step: updates made so far, int32.
     trainable: A and B of every adapter.
     opt_state: the optimizer's.
+    fixed_factors: in a checkpoint `lora.fixed_factors`; None in the step, whose
+      frozen half has them.
   """
 
   step: Any
   trainable: Tree
   opt_state: Tree
+  fixed_factors: Tree = None
 
 
 def init_state(trainable: Tree, tx: optax.GradientTransformation) -> TrainState:
@@ -67,15 +73,22 @@ def next_token_loss(
   return total, jnp.sum(scored_BT, dtype=jnp.int32)
 
 
-def make_loss(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_loss(
+  apply: Apply, neftune_alpha: float = 0.0
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """loss(trainable, frozen, micro, key) -> (sum, count) of one micro-batch.
 
   Args:
     apply: (params, ids) -> logits.
+    neftune_alpha: of the noise on our decoder's embeddings, where a key is
+      given.
   """
 
   def loss(trainable, frozen, micro, key):
     params = lora.bind(frozen, trainable, key)
+    if neftune_alpha and key is not None:
+      own = jax.random.fold_in(key, _NEFTUNE)
+      params = neftune.with_noise(params, own, neftune_alpha)
     return next_token_loss(apply(params, micro['ids']), micro['labels'])
 
   return loss
@@ -84,7 +97,8 @@ def make_loss(apply: Apply) -> Callable[..., tuple[jax.Array, jax.Array]]:
 def make_train_step(
   apply: Apply,
   tx: optax.GradientTransformation,
-  dropout_key: jax.Array | None = None,
+  noise_key: jax.Array | None = None,
+  neftune_alpha: float = 0.0,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict]]:
   """One optimizer step over the micro-batches of a batch.
 
@@ -94,18 +108,19 @@ def make_train_step(
   Args:
     apply: (params, ids) -> logits.
     tx: the optimizer.
-    dropout_key: root key; None for no dropout.
+    noise_key: root key of dropout and NEFTune; None for neither.
+    neftune_alpha: see `make_loss`.
 
   Returns:
     train_step(state, frozen, batch) with batch `ids` and `labels` [A, B, T];
     metrics are `loss`, `grad_norm` (before clipping) and `tokens` (learned).
   """
-  loss = make_loss(apply)
+  loss = make_loss(apply, neftune_alpha)
 
   def train_step(state, frozen, batch):
     step_key = None
-    if dropout_key is not None:
-      step_key = jax.random.fold_in(dropout_key, state.step)
+    if noise_key is not None:
+      step_key = jax.random.fold_in(noise_key, state.step)
 
     def accumulate(carry, micro_and_index):
       micro, index = micro_and_index

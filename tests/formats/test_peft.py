@@ -335,7 +335,7 @@ def edit_config(directory, **changes):
 
 # Changes of adapter_config.json -> words of the message.
 @pytest.mark.parametrize(('changes', 'words'), [
-  ({'use_dora': True}, 'use_dora=True'),
+  ({'use_qalora': True}, 'use_qalora=True'),
   ({'lora_bias': True}, 'lora_bias=True'),
   ({'bias': 'all'}, "bias='all'"),
   ({'bias': 'lora_only'}, "bias='lora_only'"),
@@ -357,7 +357,7 @@ def edit_config(directory, **changes):
   ({'init_lora_weights': 'corda'}, "init_lora_weights='corda'"),
   ({'init_lora_weights': 'loftq'}, "init_lora_weights='loftq'"),
   ({'init_lora_weights': 'lora_ga'}, "init_lora_weights='lora_ga'"),
-  ({'use_dora': True, 'bias': 'all'}, "use_dora=True, bias='all'"),
+  ({'use_qalora': True, 'bias': 'all'}, "use_qalora=True, bias='all'"),
   ({'peft_type': 'LOHA'}, 'peft_type is not LORA'),
   ({'peft_type': None}, 'peft_type is not LORA'),
   ({'r': 0}, 'a rank of 0 is no integer above 0'),
@@ -535,7 +535,7 @@ Q1 = 'model.layers.1.self_attn.q_proj'
    'lora_A.default.weight'),
   (put(B0.replace('.weight', '.bias'), np.zeros(32, np.float32)), 'lora_B.bias'),
   (put(A0.replace('lora_A.weight', 'lora_magnitude_vector'),
-       np.zeros(32, np.float32)), 'lora_magnitude_vector float32[32]'),
+       np.zeros(32, np.float32)), 'lora_magnitude_vector is there, but not by'),
   (put('base_model.model.model.embed_tokens.lora_embedding_A',
        np.zeros((4, 61), np.float32)), 'lora_embedding_A'),
 ])  # fmt: skip

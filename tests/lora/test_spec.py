@@ -36,7 +36,10 @@ def test_one_string_is_a_list_or_a_regex(text, names):
   [
     ({'targets': ''}, 'targets is empty'),
     ({'targets': '(q'}, "'\\(q' is no regular expression"),
-    ({'variant': 'dora'}, "variant 'dora' is none of"),
+    ({'variant': 'adalora'}, "variant 'adalora' is not of"),
+    ({'variant': 'rslora+'}, r"variant 'rslora\+' is not of"),
+    ({'init': 'zeros'}, "init 'zeros' is none of"),
+    ({'init': 'pissa', 'alpha': 0.0}, 'init pissa needs an alpha above 0'),
     ({'rank': 0}, 'rank: a rank of 0 is no integer above 0'),
     ({'rank': 2.0}, r'rank: a rank of 2\.0 is no integer above 0'),
     ({'alpha': float('inf')}, 'alpha: an alpha of inf is not finite'),

@@ -285,7 +285,7 @@ def test_dropout_falls_on_the_input_of_a_alone():
   np.testing.assert_allclose(dropped[:, 0].std(), sigma, rtol=0.3)
   # W itself sees all of x.
   solid = {'q': Fixed(jnp.ones((1000, 4)), frozen['q'].scale,
-                      frozen['q'].rate, frozen['q'].ranks)}  # fmt: skip
+                      frozen['q'].rate, frozen['q'].ranks, 'io')}  # fmt: skip
   none = {'q': Adapter(jnp.zeros((2, 1000)), jnp.zeros((2, 4)))}
   got = x @ lora.bind(solid, none, jax.random.key(1))['q']
   np.testing.assert_array_equal(got, 1000.0)

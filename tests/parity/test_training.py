@@ -42,6 +42,7 @@ RUNS = {
     'warmup_steps': 2,
   },
   'linear': {'schedule': 'linear', 'warmup_steps': 1, 'epsilon': 1e-6},
+  'LoRA+': {'lora_plus_ratio': 8.0, 'weight_decay': 0.1},
 }
 
 
@@ -62,9 +63,19 @@ def make_batches(seed):
 def theirs(model, batches, cfg):
   """[(loss, gradient norm, learned tokens)] of each step; trains the model."""
   weights = [w for w in model.parameters() if w.requires_grad]
+  # LoRA+ as PEFT's create_loraplus_optimizer groups it.
+  named = dict(model.named_parameters())
+  groups = [
+    {
+      'params': [
+        w for n, w in named.items() if w.requires_grad and ('lora_B' in n) == b
+      ],
+      'lr': cfg.learning_rate * (cfg.lora_plus_ratio if b else 1.0),
+    }
+    for b in (False, True)
+  ]
   tx = torch.optim.AdamW(
-    weights,
-    lr=cfg.learning_rate,
+    groups,
     betas=(cfg.beta1, cfg.beta2),
     eps=cfg.epsilon,
     weight_decay=cfg.weight_decay,
@@ -157,4 +168,5 @@ def test_five_steps_equal_pefts(run, tmp_path):
     mine = end[key.replace('.default', '')]
     np.testing.assert_allclose(mine, tensor.numpy(), atol=1e-4, rtol=0)
     # It went somewhere: five steps of at most the learning rate each.
-    assert 1e-3 < float((tensor - start[key]).abs().max()) < 0.05
+    moved = float((tensor - start[key]).abs().max())
+    assert 1e-3 < moved < 0.05 * cfg.lora_plus_ratio

@@ -16,7 +16,7 @@ from lorax_train import config, parallel
 from lorax_train.errors import ConfigError, DataError
 from lorax_train.formats import hf, hf_config
 from lorax_train.infer.score import score
-from lorax_train.train import loop, optim, setup
+from lorax_train.train import evaluate, loop, optim, setup
 from lorax_train.train import step as step_lib
 from tests.toys import random_ids
 
@@ -249,3 +249,39 @@ def test_a_finished_run_survives_another_data_file(
   with pytest.raises(DataError):
     loop.run(cfg)
   assert (run_dir / 'adapter' / 'adapter_model.safetensors').exists()
+
+
+def test_what_begins_from_the_base_resumes_and_is_exported(
+  tiny_model, rows_file, tmp_path
+):
+  # A is frozen, the lengths of columns are trained, embeddings are noisy.
+  sections = {
+    'lora': {'variant': 'dora+lora_fa', 'init': 'pissa'},
+    'eval': {'rows': 4, 'every': 2},
+  }
+
+  def config_of(name, steps):
+    learn = {'steps': steps, 'neftune_alpha': 5.0, 'lora_plus_ratio': 2.0}
+    return make_config(
+      tiny_model, rows_file, tmp_path / name, train=learn, **sections
+    )
+
+  whole = loop.run(config_of('whole', 4))
+  loop.run(config_of('parts', 2))
+  parts = loop.run(config_of('parts', 4))
+  want = load_file(whole / 'adapter_model.safetensors')
+  got = load_file(parts / 'adapter_model.safetensors')
+  assert got.keys() == want.keys()
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name], name)
+  ranks = {name.rpartition('.lora_A')[0]: len(x) for name, x in want.items()
+           if 'lora_A' in name}  # fmt: skip
+  assert set(ranks.values()) == {8}  # B A less B0 A0, of rank 4 each
+  # The base's own loss, then the adapter's, as `eval` finds it again.
+  first, last = (
+    loss for _, loss in metrics(tmp_path / 'whole', 'eval_loss')[::2]
+  )
+  report = evaluate.evaluate_run(str(tmp_path / 'whole'))
+  assert report['base']['loss'] == pytest.approx(first, abs=1e-5)
+  assert report['adapted']['loss'] == pytest.approx(last, abs=1e-5)
+  assert last < first

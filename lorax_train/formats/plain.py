@@ -1,0 +1,201 @@
+"""An adapter as plain factors: ranks and scales settled for each module.
+
+Read from any directory of PEFT's whose settings say no more than that, and
+written so that one rank and a scale of 1 are all that there is to know.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from lorax_train.errors import ModelError, one_line
+from lorax_train.formats import hf_save, safetensors
+from lorax_train.formats.peft import PREFIX, WEIGHTS_FILE
+from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
+from lorax_train.formats.safetensors import TensorRef, few
+from lorax_train.lora import LoraSpec, Placement, resolve
+
+# A of a linear is (r, in) and B (out, r); of an embedding (r, vocab), (dim, r).
+_FACTOR = re.compile(
+  rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))'
+)
+CARRIED = '.base_layer.weight'
+
+
+class Plain(NamedTuple):
+  """What A, B and a scale a module say.
+
+  Attributes:
+    directory: where it lies.
+    config: adapter_config.json.
+    spec: the same, by PEFT's rules.
+    factors: {module: (A, B)} float32, as PEFT stores them.
+    embeddings: the modules that are no linears.
+    dtypes: what they were stored in.
+    carried: {module: the base's own weight, saved along}.
+    placed: {module: rank and scale}.
+  """
+
+  directory: Path
+  config: Mapping[str, Any]
+  spec: LoraSpec
+  factors: Mapping[str, tuple[np.ndarray, np.ndarray]]
+  embeddings: frozenset[str]
+  dtypes: frozenset[str]
+  carried: Mapping[str, TensorRef]
+  placed: Mapping[str, Placement]
+
+  @property
+  def rank(self) -> int:
+    """The widest of all."""
+    return max(place.rank for place in self.placed.values())
+
+
+def read(directory: Path, config: Mapping[str, Any]) -> Plain:
+  """The adapter of a directory whose settings are plain ones.
+
+  Raises:
+    ModelError: tensors that are no factors, not whole or not finite, or not
+      those that adapter_config.json speaks of.
+  """
+  spec, _ = read_config(directory / CONFIG_FILE)
+  where = directory / WEIGHTS_FILE
+  halves: dict[str, dict[str, TensorRef]] = {}
+  embeddings, carried, problems = set(), {}, []
+  for key, ref in safetensors.open_file(where).items():
+    found = _FACTOR.fullmatch(key)
+    floating = jnp.issubdtype(ref.dtype, jnp.floating)
+    if found and len(ref.shape) == 2 and floating:
+      halves.setdefault(found[1], {})[found[2] or found[3]] = ref
+      embeddings |= {found[1]} if found[3] else set()
+    elif key.endswith(CARRIED):
+      carried[key.removeprefix(PREFIX).removesuffix(CARRIED)] = ref
+    else:
+      problems.append(f'{key} is no factor of a module')
+  factors = {}
+  for name, half in halves.items():
+    if len(half) == 2:
+      a, b = (half[side].read().astype(np.float32) for side in 'AB')
+      factors[name] = a, b
+      if a.shape[0] != b.shape[1]:
+        problems.append(f'{name}: A {a.shape} and B {b.shape} do not fit')
+      elif not (np.isfinite(a).all() and np.isfinite(b).all()):
+        problems.append(f'{name}: not finite')
+    else:
+      problems.append(f'{name}: lora_{"AB"["A" in half]} is missing')
+  if problems or not factors:
+    raise ModelError(f'{where}: {few(problems) or "no adapter in it"}')
+  try:
+    placed = resolve(spec, [*factors], strict=False)
+  except ValueError as error:
+    raise ModelError(f'{where}: {one_line(error)}') from None
+  for name, (a, _) in factors.items():
+    place = placed.get(name)
+    if place is None:
+      problems.append(f'{name}: not a target by {CONFIG_FILE}')
+    elif place.rank != a.shape[0]:
+      problems.append(
+        f'{name}: rank {a.shape[0]}, by {CONFIG_FILE} {place.rank}'
+      )
+  if problems:
+    raise ModelError(f'{where}: {few(problems)}')
+  dtypes = frozenset(str(r.dtype) for h in halves.values() for r in h.values())
+  return Plain(
+    directory,
+    config,
+    spec,
+    factors,
+    frozenset(embeddings),
+    dtypes,
+    carried,
+    placed,
+  )
+
+
+def bake(plain: Plain) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """(adapter_config.json, tensors) in which one scale of 1 is all there is.
+
+  Raises:
+    ModelError: a scale takes B past what float32 holds.
+  """
+  rank, names = plain.rank, tuple(sorted(plain.factors))
+  tensors, over = {}, []
+  for name in names:
+    a, b = plain.factors[name]
+    wide_a = np.zeros((rank, a.shape[1]), np.float32)
+    wide_b = np.zeros((b.shape[0], rank), np.float32)
+    wide_a[: a.shape[0]] = a
+    with np.errstate(over='ignore'):  # what overflows is named
+      wide_b[:, : b.shape[1]] = b.astype(np.float64) * plain.placed[name].scale
+    if not np.isfinite(wide_b).all():
+      over.append(name)
+    ends = ('embedding_A', 'embedding_B')
+    if name not in plain.embeddings:
+      ends = ('A.weight', 'B.weight')
+    for end, factor in zip(ends, (wide_a, wide_b), strict=True):
+      tensors[f'{PREFIX}{name}.lora_{end}'] = factor
+  if over:
+    raise ModelError(
+      f'{plain.directory / WEIGHTS_FILE}: B times its scale is past float32 in'
+      f' {few(over)}: merge the adapter into the base instead'
+    )
+  # Each module is named in full: PEFT starts an adapter of its own for every
+  # other that a target matches, and the others do not read targets at all, so
+  # nobody needs factors of zero.
+  spec = LoraSpec(
+    ','.join(names), rank=rank, alpha=rank, dropout=plain.spec.dropout
+  )
+  base = plain.config.get('base_model_name_or_path') or ''
+  return to_config(spec, {'': names}, base), tensors
+
+
+def write(
+  out: Path,
+  source: Path,
+  config: Mapping[str, Any] | None,
+  tensors: Mapping[str, np.ndarray],
+) -> None:
+  """Writes an adapter directory in one move.
+
+  Args:
+    out: does not exist, or is empty.
+    source: the directory whose tokenizer and README.md come along.
+    config: adapter_config.json; None to copy it and the tensors.
+    tensors: {key: array}.
+
+  Raises:
+    OSError: disk full, no rights; nothing is left behind.
+  """
+  building = out.with_name(out.name + '.tmp')
+  shutil.rmtree(building, ignore_errors=True)
+  building.mkdir(parents=True)
+  try:
+    copied = ['README.md', *hf_save.COPIED]
+    if config is None:
+      copied += [CONFIG_FILE, WEIGHTS_FILE]
+    else:
+      save_file(dict(tensors), building / WEIGHTS_FILE, {'format': 'pt'})
+      words = json.dumps(config, indent=2, sort_keys=True) + '\n'
+      (building / CONFIG_FILE).write_text(words, 'utf-8')
+    for name in copied:
+      if (source / name).is_file():
+        shutil.copyfile(source / name, building / name)
+    for path in building.iterdir():
+      with open(path, 'rb') as opened:
+        os.fsync(opened.fileno())
+    building.rename(out)
+  except SafetensorError as error:  # what a full disk is to that library
+    raise OSError(
+      f'{out}: adapter not written: make room and run again: {one_line(error)}'
+    ) from error
+  finally:
+    shutil.rmtree(building, ignore_errors=True)

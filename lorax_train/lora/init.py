@@ -1,0 +1,175 @@
+"""How A and B begin.
+
+What is in FROM_BASE begins with an update that is not zero, and takes it away
+again (`Fixed.a0`, `b0`): W itself is never changed, so that the base stays
+shared and unrounded. PEFT subtracts it from W instead.
+
+Axis letters: R rank.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax_train.lora import axes as axes_lib
+from lorax_train.lora.weight import Adapter, Fixed, product
+
+if TYPE_CHECKING:
+  from lorax_train.lora.spec import Placement
+
+INITS = ('default', 'gaussian', 'orthogonal', 'pissa', 'olora')
+FROM_BASE = ('pissa', 'olora')
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def begin(
+  key: jax.Array, w: Any, axes: str, places: Sequence['Placement | None']
+) -> tuple[Fixed, Adapter]:
+  """Both halves of a leaf before the first step.
+
+  Args:
+    key: typed PRNG key, the leaf's own.
+    w: the leaf.
+    axes: of it, see `axes`.
+    places: the adapter of each stack index, row-major; at least one is there.
+
+  Raises:
+    ValueError: a rank or a leaf that this way of beginning can't have.
+  """
+  some = next(p for p in places if p)
+  stack = axes_lib.sizes(w.shape, axes, 's')
+
+  def per_index(values: Sequence[float]) -> jax.Array:
+    return jnp.asarray(np.array(values, np.float32).reshape(stack))
+
+  scale = per_index([p.scale if p else 0.0 for p in places])
+  drops = [p.dropout if p else 0.0 for p in places]
+  rate = per_index(drops) if any(drops) else None
+  ranks = tuple(p.rank if p else 0 for p in places)
+  a, b = _factors(some.init, key, w, axes, places)
+  fixed = Fixed(w, scale, rate, ranks, axes)
+  adapter = Adapter(
+    axes_lib.unflatten(a, w.shape, axes, 'i'),
+    axes_lib.unflatten(b, w.shape, axes, 'o'),
+  )
+  if some.init in FROM_BASE:
+    fixed = dataclasses.replace(fixed, a0=adapter.a, b0=adapter.b)
+  if some.dora:
+    if not axes_lib.is_matrix(axes):
+      raise ValueError(f'DoRA of axes {axes}: it is for [*stack, in, out]')
+    norm2 = column_norms2(w)
+    fixed = dataclasses.replace(fixed, norm2=norm2)
+    adapter = dataclasses.replace(adapter, m=jnp.sqrt(norm2))
+  if not some.train_a:
+    fixed = dataclasses.replace(fixed, a=adapter.a)
+    adapter = dataclasses.replace(adapter, a=None)
+  return fixed, adapter
+
+
+def column_norms2(w: Any) -> jax.Array:
+  """Squared norms of W's columns, [*stack, out] float32."""
+  # A weight of another kind (a quantised one) gives its columns by products.
+  if hasattr(w, 'apply_to'):
+    w = product(jnp.eye(w.shape[-2], dtype=jnp.float32), w)
+  return jnp.sum(jnp.square(w.astype(jnp.float32)), -2)
+
+
+def _factors(
+  kind: str,
+  key: jax.Array,
+  w: Any,
+  axes: str,
+  places: Sequence['Placement | None'],
+) -> Pair:
+  """A [*stack, R, in] and B [*stack, R, out], in and out flattened.
+
+  R is the largest rank; rows past an index's own rank are zero in both.
+  """
+  stack, inner, outer = (axes_lib.sizes(w.shape, axes, k) for k in 'sio')
+  n_in, n_out = math.prod(inner), math.prod(outer)
+  r = max(p.rank for p in places if p)
+  shape_a, shape_b = (*stack, r, n_in), (*stack, r, n_out)
+  if kind in ('default', 'gaussian'):
+    a = {'default': default, 'gaussian': gaussian}[kind](key, shape_a)
+    ranks = [p.rank if p else 0 for p in places]
+    if min(ranks) < r:
+      live = np.arange(r) < np.array(ranks).reshape(*stack, 1)
+      a = jnp.where(live[..., None], a, 0.0)
+    return a, jnp.zeros(shape_b, jnp.float32)
+  matrices = None
+  if kind in FROM_BASE:
+    matrices = axes_lib.to_matrices(w, axes).reshape(-1, n_in, n_out)
+  halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
+  for i, place in enumerate(places):
+    pair = jnp.zeros((r, n_in)), jnp.zeros((r, n_out))
+    if place and matrices is not None:
+      pair = from_base(kind, matrices[i], place.rank, place.scale)
+    elif place:
+      own = jax.random.fold_in(key, i)
+      pair = orthogonal(own, n_in, n_out, place.rank)
+    for half, x in zip(halves, pair, strict=True):
+      half.append(jnp.pad(x, ((0, r - len(x)), (0, 0))))
+  a, b = map(jnp.stack, halves)
+  return a.reshape(shape_a), b.reshape(shape_b)
+
+
+def default(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A [..., R, in] uniform in +-1/sqrt(in): PEFT's, Kaiming with a = sqrt(5)."""
+  bound = 1.0 / math.sqrt(shape[-1])
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def gaussian(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """A [..., R, in] normal of deviation 1/R: PEFT's, after Hu et al. 2021."""
+  return jax.random.normal(key, shape, jnp.float32) / shape[-2]
+
+
+def orthogonal(key: jax.Array, n_in: int, n_out: int, rank: int) -> Pair:
+  """A and B random, of spaces of rank that are orthogonal: A^T B is zero.
+
+  As PEFT's `orthogonal`: the rows of an orthogonal [R, R] are dealt out, the
+  even ones to A and the odd ones to B.
+  """
+  if rank % 2:
+    raise ValueError(f'init orthogonal: rank {rank} is odd, give an even one')
+  keys = jax.random.split(key, 3)
+  q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank), jnp.float32))
+
+  def half(key, rows, n):
+    return rows.T @ jax.random.normal(key, (rank // 2, n), jnp.float32) / 10
+
+  with jax.default_matmul_precision('highest'):
+    return half(keys[1], q[0::2], n_in), half(keys[2], q[1::2], n_out)
+
+
+def from_base(kind: str, w: jax.Array, rank: int, scale: float) -> Pair:
+  """`pissa` or `olora` of W [in, out]."""
+  if rank > min(w.shape):
+    raise ValueError(
+      f'init {kind}: rank {rank} is above the smaller side of a weight'
+      f' [in, out] = {list(w.shape)}'
+    )
+  w = w.astype(jnp.float32)
+  return pissa(w, rank, scale) if kind == 'pissa' else olora(w, rank)
+
+
+def pissa(w: jax.Array, rank: int, scale: float) -> Pair:
+  """The first R singular triples of W, shared out by roots (Meng et al. 2024).
+
+  scale A^T B is the best approximation of W of that rank.
+  """
+  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+  root = jnp.sqrt(s[:rank] / scale)[:, None]
+  return root * u.T[:rank], root * vt[:rank]
+
+
+def olora(w: jax.Array, rank: int) -> Pair:
+  """R columns of the QR of W^T (Büyükakyüz 2024): B orthonormal, A the rest."""
+  q, r = jnp.linalg.qr(w.T)
+  return r[:rank], q.T[:rank]
