@@ -256,7 +256,9 @@ def cli(argv: Sequence[str] | None = None) -> int:
       raise errors.ConfigError(
         f'lorax-train: {given}; there are: {", ".join(VERBS)}'
       )
-    return VERBS[argv[0]](argv[1:])
+    code = VERBS[argv[0]](argv[1:])
+    sys.stdout.flush()  # here, where a closed pipe is still ours to tell
+    return code
   except (errors.UserError, OSError, KeyboardInterrupt) as error:
     return errors.report(error)
 

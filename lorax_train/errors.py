@@ -6,6 +6,7 @@ plain `ValueError` (it knows no run); callers translate.
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator
 
@@ -75,6 +76,10 @@ def report(error: BaseException) -> int:
       file=sys.stderr,
     )
     return INTERRUPTED_EXIT_CODE
+  if isinstance(error, BrokenPipeError):
+    # Whoever read our output has had enough; Python would complain at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return IO_EXIT_CODE
   if isinstance(error, UserError):
     print(one_line(error), file=sys.stderr)
     return error.exit_code

@@ -25,8 +25,11 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 
+# A file goes to one process, for what its tests share.
+parallel=(-n auto --maxprocesses 4 --dist loadfile)
+
 echo '== tests'
-$bin/python -m pytest "$@"
+$bin/python -m pytest "${parallel[@]}" "$@"
 
 [[ $all ]] || exit 0
 
@@ -34,14 +37,15 @@ echo '== parity with transformers and PEFT'
 environment .venv-parity "$python" test,parity \
   --constraint "$(known_good "$python")"
 smollm2 .venv-parity
-OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest -m parity tests/parity
+OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest "${parallel[@]}" \
+  -m parity tests/parity
 
 # Found on PATH, or among pyenv's versions, whose shims need one selected.
 if newest=$(find_python 12 python3.14 python3.13 python3.12 \
   "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python3); then
   echo "== newest jax pair ($newest)"
   environment .venv-newest "$newest" test --upgrade jax flax
-  .venv-newest/bin/python -m pytest -m compat
+  .venv-newest/bin/python -m pytest "${parallel[@]}" -m compat
 else
   echo '== newest jax pair: skipped, no Python of 3.12 or newer'
 fi

@@ -16,10 +16,7 @@ SHARED = Path(__file__).parents[1].parent / 'shared'
 
 @pytest.fixture(autouse=True, scope='module')
 def forget_compiled_programs():
-  """Each holds mappings of memory, of which a process may have only 65,530.
-
-  Past that LLVM ends the process, and says so where pytest doesn't show it.
-  """
+  """Or those of the whole suite would pile up, with memory and mappings."""
   yield
   jax.clear_caches()
 

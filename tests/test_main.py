@@ -744,6 +744,20 @@ def test_a_process_trains(tmp_path, rows_file, tiny_model):
   assert any(w.any() for n, w in weights.items() if 'lora_B' in n)
 
 
+def test_a_reader_that_has_had_enough(tiny_model, tmp_path):
+  done = subprocess.Popen(
+    [sys.executable, '-m', 'lorax_train', 'inspect', str(tiny_model)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+  )
+  done.stdout.close()
+  error = done.stderr.read()
+  done.stderr.close()
+  assert (done.wait(timeout=60), error) == (74, '')
+
+
 def test_a_process_fails_in_one_line(tmp_path):
   argv = ['--config', str(CONFIG), '--config.lora.rnk=4']
   done = process(['lorax_train', 'train', *argv], tmp_path)

@@ -92,4 +92,7 @@ def test_three_steps(tmp_path):
   assert held_out[1] < held_out[0]
   for name in ('adapter/adapter_model.safetensors', plot.FILE, samples.FILE):
     assert (run_dir / name).is_file()
+  written = json.loads((run_dir / 'adapter/adapter_config.json').read_text())
+  base = Path(written['base_model_name_or_path'])
+  assert (base / 'model.safetensors').is_file()  # and not the GGUF file
   assert '\nstep 3     ' in done.stdout  # the sample after training

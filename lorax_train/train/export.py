@@ -23,6 +23,7 @@ def write_adapter(
   trainable: Tree,
   adapters: Adapters,
   cfg: TrainConfig,
+  base: str,
   tokenizer: Tokenizer | None,
   held_out: str,
 ) -> None:
@@ -34,6 +35,7 @@ def write_adapter(
     trainable: the factors.
     adapters: names and spec of what is adapted.
     cfg: the run, for the model card.
+    base: what the adapter says it was trained on.
     tokenizer: its files go beside the adapter.
     held_out: the result, in words, for the model card.
 
@@ -44,7 +46,7 @@ def write_adapter(
   shutil.rmtree(building, ignore_errors=True)
   try:
     peft.save_adapter(
-      building, frozen, trainable, adapters.names, adapters.spec, cfg.model.path
+      building, frozen, trainable, adapters.names, adapters.spec, base
     )
   except SafetensorError as error:  # what a full disk is to that library
     raise OSError(

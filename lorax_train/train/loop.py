@@ -143,6 +143,8 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       state.trainable,
       adapters,
       cfg,
+      # Who loads the adapter can do nothing with a GGUF file.
+      str(model_dir) if _is_file(cfg.model.path) else cfg.model.path,
       rows.tokenizer,
       report.held_out(log.lines),
     )
@@ -150,6 +152,10 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     say('\n' + samples.before_and_after(chosen, log.lines))
   say(report.end_card(run_dir, model_dir, log.lines))
   return adapter_dir
+
+
+def _is_file(path: str) -> bool:
+  return Path(path).expanduser().is_file()
 
 
 def _make_look(

@@ -231,6 +231,7 @@ def write_adapter(directory, value):
     trainable,
     setup.Adapters(names, spec, placed, None),
     config.TrainConfig(),
+    'some/base',
     None,
     'held-out loss 2 -> 1',
   )
