@@ -26,7 +26,7 @@ from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import find, hf_config, hf_save, plain, safetensors
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.formats.peft import WEIGHTS_FILE
-from lorax_train.formats.peft_config import CONFIG_FILE
+from lorax_train.formats.peft_config import CONFIG_FILE, MUST_BE_OFF
 from lorax_train.formats.safetensors import few
 from lorax_train.lora import resolve
 from lorax_train.models import params as params_lib
@@ -42,22 +42,7 @@ NOTE, BAKE, REFUSED = 'note', 'bake', 'refused'
 
 # Settings that say more than factors and their scales can, and what is "off"
 # besides None, {}, [] and False. PEFT reads them all.
-_BEYOND: Mapping[str, Any] = {
-  'use_dora': False,
-  'use_qalora': False,
-  'use_bdlora': None,
-  'lora_bias': False,
-  'bias': 'none',
-  'fan_in_fan_out': False,
-  'modules_to_save': None,
-  'trainable_token_indices': None,
-  'target_parameters': None,
-  'layer_replication': None,
-  'alora_invocation_tokens': None,
-  'arrow_config': None,
-  'kasa_config': None,
-  'monteclora_config': None,
-}
+_BEYOND: Mapping[str, Any] = {'use_dora': False, **MUST_BE_OFF}
 # Of these, what the others refuse to load, by the setting or by the tensors
 # that it brings along. The rest they pass over.
 _LOUD = (

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lorax_train import lora
-from lorax_train.errors import ConfigError, ModelError, one_line
+from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import hf_config, safetensors
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.formats.safetensors import few
+from lorax_train.formats.whole import whole
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig, Param
 
@@ -87,26 +87,12 @@ def save_params(
   check_absent(directory)
   cfg = hf_config.read_config(source)
   shards = _shards(_tensors(cfg, source, dtype), shard_bytes)
-  building = directory.with_name(directory.name + '.tmp')
-  shutil.rmtree(building, ignore_errors=True)
-  building.mkdir(parents=True)
-  try:
+  with whole(directory, 'model not written') as building:
     _write_weights(building, shards, params)
     _write_config(building, source, dtype)
     for name in COPIED:
       if (source / name).is_file():
         shutil.copyfile(source / name, building / name)
-    for path in building.iterdir():
-      with open(path, 'rb') as opened:
-        os.fsync(opened.fileno())
-    building.rename(directory)
-  except SafetensorError as error:  # what a full disk is to that library
-    raise OSError(
-      f'{directory}: model not written: make room and run again:'
-      f' {one_line(error)}'
-    ) from error
-  finally:
-    shutil.rmtree(building, ignore_errors=True)
   return params_lib.total(cfg)
 
 

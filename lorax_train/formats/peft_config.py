@@ -23,7 +23,7 @@ CONFIG_FILE = 'adapter_config.json'
 
 # Settings under which the adapter computes something that we don't, and the
 # value that means "off" where it is not None, {} or False.
-_MUST_BE_OFF: Mapping[str, Any] = {
+MUST_BE_OFF: Mapping[str, Any] = {
   'use_qalora': False,
   'use_bdlora': None,
   'lora_bias': False,
@@ -119,7 +119,7 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
     raise ModelError(f'{path}: peft_type is not LORA')
   on = [
     f'{key}={raw[key]!r}'
-    for key, off in _MUST_BE_OFF.items()
+    for key, off in MUST_BE_OFF.items()
     if raw.get(key) not in (off, None, False, {}, [])
   ]
   start = raw.get('init_lora_weights')

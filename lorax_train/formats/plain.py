@@ -5,7 +5,6 @@ written so that one rank and a scale of 1 are all that there is to know.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lorax_train.errors import ModelError, one_line
@@ -22,6 +20,7 @@ from lorax_train.formats import hf_save, safetensors
 from lorax_train.formats.peft import PREFIX, WEIGHTS_FILE
 from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
 from lorax_train.formats.safetensors import TensorRef, few
+from lorax_train.formats.whole import whole
 from lorax_train.lora import LoraSpec, Placement, resolve
 
 # A of a linear is (r, in) and B (out, r); of an embedding (r, vocab), (dim, r).
@@ -175,10 +174,7 @@ def write(
   Raises:
     OSError: disk full, no rights; nothing is left behind.
   """
-  building = out.with_name(out.name + '.tmp')
-  shutil.rmtree(building, ignore_errors=True)
-  building.mkdir(parents=True)
-  try:
+  with whole(out, 'adapter not written') as building:
     copied = ['README.md', *hf_save.COPIED]
     if config is None:
       copied += [CONFIG_FILE, WEIGHTS_FILE]
@@ -189,13 +185,3 @@ def write(
     for name in copied:
       if (source / name).is_file():
         shutil.copyfile(source / name, building / name)
-    for path in building.iterdir():
-      with open(path, 'rb') as opened:
-        os.fsync(opened.fileno())
-    building.rename(out)
-  except SafetensorError as error:  # what a full disk is to that library
-    raise OSError(
-      f'{out}: adapter not written: make room and run again: {one_line(error)}'
-    ) from error
-  finally:
-    shutil.rmtree(building, ignore_errors=True)

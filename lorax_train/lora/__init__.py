@@ -8,6 +8,7 @@ merged = lora.merge(frozen, trainable)
 """
 
 from lorax_train.lora import algebra, mixing
+from lorax_train.lora.layout import layout
 from lorax_train.lora.spec import LoraSpec, Placement, resolve
 from lorax_train.lora.split import (
   bind,
@@ -18,6 +19,7 @@ from lorax_train.lora.split import (
   split,
   with_fixed_factors,
 )
+from lorax_train.lora.transform import LowRankError, transform
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
 
 __all__ = [
@@ -25,15 +27,18 @@ __all__ = [
   'Fixed',
   'LoraSpec',
   'LoraWeight',
+  'LowRankError',
   'Placement',
   'algebra',
   'bind',
   'count',
   'fixed_factors',
+  'layout',
   'merge',
   'mixing',
   'path_of',
   'resolve',
   'split',
+  'transform',
   'with_fixed_factors',
 ]

@@ -87,7 +87,7 @@ def split(
       trainable.append(None)
       continue
     try:
-      half, adapter = begin(_key_at(key, path), w, layout[path], places)
+      half, adapter = begin(key_at(key, path), w, layout[path], places)
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
     frozen.append(half)
@@ -126,7 +126,7 @@ def bind(
       )
     keys = None
     if key is not None and fixed.rate is not None:
-      own, stack = _key_at(key, path_of(path)), fixed.scale.shape
+      own, stack = key_at(key, path_of(path)), fixed.scale.shape
       keys = jax.random.split(own, stack) if stack else own
     return LoraWeight(
       w=fixed.w,
@@ -239,7 +239,8 @@ def _is_half(x: Any) -> bool:
   return isinstance(x, Fixed) or _is_weight(x)
 
 
-def _key_at(key: jax.Array, path: str) -> jax.Array:
+def key_at(key: jax.Array, path: str) -> jax.Array:
+  """The key of what hangs on a path, of its own for each path."""
   # crc32 and not hash(): the latter is salted per process, and every host of
   # a run must draw the same adapters.
   return jax.random.fold_in(key, zlib.crc32(path.encode()))

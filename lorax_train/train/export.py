@@ -1,16 +1,13 @@
 """The trained adapter on disk, complete and checked, or not there at all."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lorax_train.config import TrainConfig
 from lorax_train.data.tokenize import Tokenizer
-from lorax_train.errors import one_line
 from lorax_train.formats import peft
+from lorax_train.formats.whole import whole
 from lorax_train.train import report
 from lorax_train.train.setup import Adapters
 
@@ -42,27 +39,17 @@ def write_adapter(
   Raises:
     OSError: disk full, no rights; what was there before is untouched.
   """
-  building = directory.with_name(directory.name + '.tmp')
-  shutil.rmtree(building, ignore_errors=True)
-  try:
+  with whole(
+    directory, 'adapter not written, checkpoints are untouched'
+  ) as building:
     peft.save_adapter(
       building, frozen, trainable, adapters.names, adapters.spec, base
     )
-  except SafetensorError as error:  # what a full disk is to that library
-    raise OSError(
-      f'{directory}: adapter not written, checkpoints are untouched: make room'
-      f' and run again: {one_line(error)}'
-    ) from error
-  _check(building, frozen, trainable, adapters)
-  for file in tokenizer.files if tokenizer else ():
-    shutil.copyfile(file, building / file.name)
-  card = report.model_card(cfg, adapters.spec, held_out)
-  (building / 'README.md').write_text(card, 'utf-8')
-  for path in building.iterdir():
-    with open(path, 'rb') as opened:
-      os.fsync(opened.fileno())
-  shutil.rmtree(directory, ignore_errors=True)
-  building.rename(directory)
+    _check(building, frozen, trainable, adapters)
+    for file in tokenizer.files if tokenizer else ():
+      shutil.copyfile(file, building / file.name)
+    card = report.model_card(cfg, adapters.spec, held_out)
+    (building / 'README.md').write_text(card, 'utf-8')
 
 
 def _check(

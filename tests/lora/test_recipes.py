@@ -56,6 +56,24 @@ def merged_loss(page, trainable, x, y):
 pytestmark = pytest.mark.compat
 
 
+def test_a_strangers_model(page):
+  frozen, trainable = page['halves']
+  moved = jax.tree.map(lambda x: x + 0.1, trainable)
+  x = page['tokens_BTD']
+
+  def adapted(trainable):
+    return jnp.sum(jnp.sin(page['adapted'](frozen, trainable, x)))
+
+  def merged(trainable):
+    return jnp.sum(jnp.sin(page['apply'](lora.merge(frozen, trainable), x)))
+
+  got, want = (jax.value_and_grad(f)(moved) for f in (adapted, merged))
+  close(got, want)
+  with pytest.raises(lora.LowRankError, match='query'):
+    sine = lora.transform(lambda w: jnp.sin(w['query']['kernel']))
+    sine(frozen, trainable)
+
+
 def test_every_block_of_the_page_is_run(page):
   text = PAGE.read_text('utf-8')
   assert text.count('```python') * 2 == text.count('```')

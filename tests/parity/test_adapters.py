@@ -25,17 +25,6 @@ their_peft = pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT reads it off transformers' models.
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-  # It then writes the base's head beside the factors.
-  pytest.mark.filterwarnings(
-    'ignore:Setting `save_embedding_layers` to `True`:UserWarning'
-  ),
-]
 ATOL = 1e-4
 LINEAR = [
   *('q_proj', 'k_proj', 'v_proj', 'o_proj'),

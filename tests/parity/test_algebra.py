@@ -19,13 +19,6 @@ pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT reads it off transformers' models.
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-]
 ATOL = 1e-5
 RANK = 4
 # Ranks of the three adapters where PEFT lets them differ, and where not.

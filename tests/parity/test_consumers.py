@@ -21,17 +21,6 @@ from safetensors.torch import load_file  # noqa: E402
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT reads it off transformers' models.
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-  # It then writes the base's own weight beside the factors.
-  pytest.mark.filterwarnings(
-    'ignore:Setting `save_embedding_layers` to `True`:UserWarning'
-  ),
-]
 ATOL = 1e-4
 LINEAR = [
   *('q_proj', 'k_proj', 'v_proj', 'o_proj'),

@@ -23,12 +23,6 @@ their_peft = pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-]
 LINEAR = [
   *('q_proj', 'k_proj', 'v_proj', 'o_proj'),
   *('gate_proj', 'up_proj', 'down_proj'),

@@ -21,7 +21,6 @@ pytest.importorskip('peft')
 pytest.importorskip('gguf')
 
 
-pytestmark = pytest.mark.parity
 ATOL = 1e-3  # of logits up to 30
 
 

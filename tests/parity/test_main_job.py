@@ -9,12 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT 0.21 asks transformers 5.23 by its old name.
-  pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`'),
-]
-
 
 def test_the_reference_run_trains_an_adapter_that_peft_loads(shared, tmp_path):
   torch = pytest.importorskip('torch')

@@ -17,7 +17,6 @@ pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = pytest.mark.parity
 ATOL = 1e-4
 
 

@@ -12,12 +12,6 @@ from lorax_train.formats import find
 from tests.formats import smollm2
 from tests.test_quickstart import CONFIG
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT 0.21 asks transformers 5.23 by its old name.
-  pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`'),
-]
-
 
 def test_peft_loads_it(tmp_path):
   torch = pytest.importorskip('torch')

@@ -23,13 +23,6 @@ their_peft = pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT reads it off transformers' models.
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-]
 STEPS, MICRO, ROWS, LENGTH = 5, 2, 2, 12
 
 RUNS = {

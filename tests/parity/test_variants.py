@@ -26,15 +26,10 @@ their_peft = pytest.importorskip('peft')
 
 from . import reference  # noqa: E402
 
-pytestmark = [
-  pytest.mark.parity,
-  # PEFT reads it off transformers' models.
-  pytest.mark.filterwarnings(
-    'ignore:`is_gradient_checkpointing` is deprecated:FutureWarning'
-  ),
-  # Of what PEFT can't convert any more; we read its first numbers only.
-  pytest.mark.filterwarnings('ignore:Using Rank-Stabilized LoRA:UserWarning'),
-]
+# Of what PEFT can't convert any more; we read its first numbers only.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:Using Rank-Stabilized LoRA:UserWarning'
+)
 STEPS, LEARNING_RATE = 10, 1e-2
 LINEAR = [
   *('q_proj', 'k_proj', 'v_proj', 'o_proj'),
