@@ -161,12 +161,10 @@ def merge(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
   """Write an adapter so that PEFT, vLLM or llama.cpp computes it right."""
-  from lorax_train.formats import consumers as room
-
   parser = _parser('export', export.__doc__, '--json')
   parser.add_argument('adapter', metavar='ADAPTER', help='PEFT directory')
   parser.add_argument(
-    '--for', required=True, choices=[*room.CONSUMERS], dest='consumer'
+    '--for', required=True, dest='consumer', help='peft, vllm or llama.cpp'
   )
   parser.add_argument('--out', required=True, help='directory, new or empty')
   parser.add_argument(
@@ -174,6 +172,8 @@ def export(argv: Sequence[str]) -> int:
   )
   parser.add_argument('--model', help='the base, to check names and shapes')
   args = parser.parse_args(argv)
+  from lorax_train.formats import consumers as room
+
   report = room.export(
     args.adapter, args.consumer, args.out, args.bake, args.model
   )

@@ -105,7 +105,7 @@ def export(
     OSError: disk full, no rights; nothing is left behind.
   """
   if consumer not in CONSUMERS:
-    raise ConfigError(f'{consumer!r} is none of {", ".join(CONSUMERS)}')
+    raise ConfigError(f'--for {consumer!r} is none of {", ".join(CONSUMERS)}')
   target = Path(os.path.abspath(os.path.expanduser(out)))
   _check_vacant(target)
   directory = Path(adapter).expanduser()

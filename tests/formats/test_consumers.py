@@ -660,7 +660,7 @@ def test_the_verb_as_json(three, tmp_path, capsys):
 @pytest.mark.parametrize(('changes', 'code', 'words'), [
   ({'--for': None}, 2, 'required: --for'),
   ({'--out': None}, 2, 'required: --out'),
-  ({'--for': 'ollama'}, 2, "invalid choice: 'ollama'"),
+  ({'--for': 'ollama'}, 2, "'ollama' is none of peft, vllm, llama.cpp"),
   ({'--model': './none'}, 4, 'no such directory'),
   ({'--out': '/proc/none/out'}, 74, 'input/output error'),
 ])  # fmt: skip
