@@ -408,7 +408,7 @@ JSON = st.recursive(
 @given(
   changes=st.dictionaries(
     st.sampled_from(
-      [*peft_config._KINDS, *peft_config._MUST_BE_OFF, 'init_lora_weights']
+      [*peft_config._KINDS, *peft_config.MUST_BE_OFF, 'init_lora_weights']
     ),
     JSON,
     min_size=1,
