@@ -25,8 +25,13 @@ import numpy as np
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import find, hf_config, hf_save, plain, safetensors
 from lorax_train.formats.jsonfile import read_object
-from lorax_train.formats.peft import WEIGHTS_FILE
-from lorax_train.formats.peft_config import CONFIG_FILE, MUST_BE_OFF
+from lorax_train.formats.peft import CARRIED, WEIGHTS_FILE
+from lorax_train.formats.peft_config import (
+  CHANGE_BASE,
+  CONFIG_FILE,
+  MUST_BE_OFF,
+  settings_on,
+)
 from lorax_train.formats.safetensors import few
 from lorax_train.lora import resolve
 from lorax_train.models import params as params_lib
@@ -50,8 +55,6 @@ _LOUD = (
   *('modules_to_save', 'trainable_token_indices'),
 )
 _MERGE = 'merge the adapter into the base and serve that'
-# Starts for which PEFT takes the first A and B out of the base, on every load.
-_CHANGES_BASE = ('pissa', 'corda', 'olora', 'loftq', 'lora_ga')
 
 # Without these keys they stop.
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
@@ -167,9 +170,7 @@ def _of_settings(
   """What factors and scales do not hold."""
   findings = []
   reads_all = consumer == 'peft' and not bake
-  for key, off in _BEYOND.items():
-    if config.get(key) in (off, None, False, {}, []):
-      continue
+  for key in settings_on(config, _BEYOND):
     if reads_all:
       does = 'reads it: its tensors are copied unchecked'
     elif consumer == 'peft':
@@ -180,7 +181,7 @@ def _of_settings(
       does = f'{"refuses" if key in _LOUD else "passes over"} it: {_MERGE}'
     findings.append(Finding(key, does, NOTE if reads_all else REFUSED))
   start = config.get('init_lora_weights')
-  if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+  if isinstance(start, str) and start.lower().startswith(CHANGE_BASE):
     what = f'init_lora_weights={start}'
     does = 'changes' if consumer == 'peft' else 'does not change'
     does += ' the base by it, as PEFT does on every load'
@@ -322,7 +323,7 @@ def _of_carried(
   """Weights of the base that PEFT saves beside the factors of the same."""
   if not adapter.carried:
     return []
-  what = few([name + plain.CARRIED for name in adapter.carried])
+  what = few([name + CARRIED for name in adapter.carried])
   if model_dir is None:
     does = "takes the base's own: give --model, to see whether this is it"
     return [Finding(what, does, REFUSED)]
@@ -333,7 +334,7 @@ def _of_carried(
     own = refs.get(f'{name}.weight') or refs.get('model.embed_tokens.weight')
     theirs = ref.read()
     if own is None or not np.array_equal(own.read().astype(ref.dtype), theirs):
-      other.append(name + plain.CARRIED)
+      other.append(name + CARRIED)
   if other:
     does = f"takes the base's own, which differs: {_MERGE}"
     return [Finding(few(other), does, REFUSED)]

@@ -39,7 +39,7 @@ from lorax_train.lora.init import FROM_BASE
 PREFIX = 'base_model.model.'
 WEIGHTS_FILE = 'adapter_model.safetensors'
 
-_CARRIED = '.base_layer.weight'
+CARRIED = '.base_layer.weight'
 _MAGNITUDE = '.lora_magnitude_vector'
 _KEY = re.compile(
   rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))'
@@ -98,8 +98,8 @@ def to_tensors(
   tensors = {}
   for path, fixed, adapter in _adapted(frozen, trainable):
     n_in, n_out = fixed.w.shape[-2:]
-    a = fixed.a if adapter.a is None else adapter.a
-    parts = [(_layers(a, n_in), _layers(adapter.b, n_out))]
+    a, b = fixed.a_of(adapter), adapter.b
+    parts = [(_layers(a, n_in), _layers(b, n_out))]
     if fixed.a0 is not None:
       parts.append((_layers(fixed.a0, n_in), -_layers(fixed.b0, n_out)))
     for i, (name, rank) in enumerate(
@@ -155,9 +155,9 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
   carried: dict[str, TensorRef] = {}
   unknown = []
   for key, ref in refs.items():
-    if key.endswith(_CARRIED):
+    if key.endswith(CARRIED):
       # PEFT adds the base's head where the head is a target.
-      carried[key.removeprefix(PREFIX).removesuffix(_CARRIED)] = ref
+      carried[key.removeprefix(PREFIX).removesuffix(CARRIED)] = ref
       continue
     found = _KEY.fullmatch(key)
     floating = jnp.issubdtype(ref.dtype, jnp.floating)

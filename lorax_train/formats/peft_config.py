@@ -41,7 +41,7 @@ MUST_BE_OFF: Mapping[str, Any] = {
 }
 # Initialisations that take the adapter's first value out of the base weights:
 # on load PEFT does so again, so A and B alone are not the adapter.
-_CHANGE_BASE = ('pissa', 'corda', 'olora', 'loftq', 'lora_ga')
+CHANGE_BASE = ('pissa', 'corda', 'olora', 'loftq', 'lora_ga')
 
 # The keys we read, what kind they are, and what kind is in them.
 _NUMBER = (int, float)
@@ -117,13 +117,9 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
   raw = read_object(path, ': is this an adapter?')
   if raw.get('peft_type') != 'LORA':
     raise ModelError(f'{path}: peft_type is not LORA')
-  on = [
-    f'{key}={raw[key]!r}'
-    for key, off in MUST_BE_OFF.items()
-    if raw.get(key) not in (off, None, False, {}, [])
-  ]
+  on = [f'{key}={raw[key]!r}' for key in settings_on(raw, MUST_BE_OFF)]
   start = raw.get('init_lora_weights')
-  if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
+  if isinstance(start, str) and start.lower().startswith(CHANGE_BASE):
     on.append(f'init_lora_weights={start!r}, which changes the base')
   if on:
     raise ModelError(f'{path}: settings that are not supported: {few(on)}')
@@ -154,6 +150,15 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
   except (ValueError, TypeError) as error:
     raise ModelError(f'{path}: {one_line(error)}') from None
   return spec, raw.get('base_model_name_or_path') or ''
+
+
+def settings_on(raw: Mapping[str, Any], off: Mapping[str, Any]) -> list[str]:
+  """Keys of `off` that a config sets to another value than that or none."""
+  return [
+    key
+    for key, value in off.items()
+    if raw.get(key) not in (value, None, False, {}, [])
+  ]
 
 
 def _is_of(

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from lorax_train.errors import ModelError, one_line
 from lorax_train.formats import hf_save, safetensors
-from lorax_train.formats.peft import PREFIX, WEIGHTS_FILE
+from lorax_train.formats.peft import CARRIED, PREFIX, WEIGHTS_FILE
 from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
 from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.formats.whole import whole
@@ -27,7 +27,6 @@ from lorax_train.lora import LoraSpec, Placement, resolve
 _FACTOR = re.compile(
   rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))'
 )
-CARRIED = '.base_layer.weight'
 
 
 class Plain(NamedTuple):

@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_train.lora import axes as axes_lib
 from lorax_train.lora.split import path_of
-from lorax_train.lora.weight import Adapter, Fixed
+from lorax_train.lora.weight import Adapter, Fixed, over
 
 Array = Any
 Tree = Any
@@ -89,8 +90,7 @@ def as_update(frozen: Tree, trainable: Tree) -> Tree:
       what = 'a magnitude' if isinstance(adapter, Adapter) else 'a whole array'
       problems.append(f'{path_of(path)}: {what} is trained, not A and B alone')
       return None
-    a = fixed.a if adapter.a is None else adapter.a
-    now = _update(a, adapter.b, fixed)
+    now = _update(fixed.a_of(adapter), adapter.b, fixed)
     if fixed.a0 is None:
       return now
     return cat([now, _update(fixed.a0, fixed.b0, fixed)], (1.0, -1.0))
@@ -271,11 +271,6 @@ def ranks_of(u: Update) -> np.ndarray:
   return np.array(u.ranks).reshape(u.scale.shape)
 
 
-def over(x: Array, like: Array) -> Array:
-  """x [*stack] with axes of size 1 until it broadcasts over `like`."""
-  return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
-
-
 def padded(x: Array, rank: int) -> Array:
   """x [..., R, I] with rows of zeros up to `rank`."""
   return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rank - x.shape[-2]), (0, 0)])
@@ -321,12 +316,9 @@ def leaves_of(update: Tree) -> dict[str, Update | None]:
 
 
 def _flattened(u: Update) -> Update:
-  stack_shape, n_in, n_out = _outline(u)
-  rows = (*stack_shape, u.a.shape[len(stack_shape)])
+  n = u.scale.ndim
   return dataclasses.replace(
-    u,
-    a=u.a.reshape(*rows, math.prod(n_in)),
-    b=u.b.reshape(*rows, math.prod(n_out)),
+    u, a=axes_lib.flatten(u.a, n), b=axes_lib.flatten(u.b, n)
   )
 
 

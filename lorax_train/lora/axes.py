@@ -54,10 +54,10 @@ def from_matrices(m: jax.Array, shape: tuple[int, ...], axes: str) -> jax.Array:
   return jnp.transpose(turned, [order.index(i) for i in range(len(order))])
 
 
-def flatten(factor: jax.Array, axes: str) -> jax.Array:
+def flatten(factor: jax.Array, n_stack: int) -> jax.Array:
   """[*stack, R, *in or *out] as [*stack, R, in or out]."""
-  n = axes.count('s') + 1
-  return factor.reshape(*factor.shape[:n], -1)
+  kept, flat = factor.shape[: n_stack + 1], factor.shape[n_stack + 1 :]
+  return factor.reshape(*kept, math.prod(flat))
 
 
 def unflatten(

@@ -29,12 +29,12 @@ from lorax_train.lora.algebra import (
   is_end,
   leafwise,
   leaves_of,
-  over,
   padded,
   ranks_of,
   truncated,
   unscaled,
 )
+from lorax_train.lora.weight import over
 
 Array = Any
 Tree = Any

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lorax_train.lora import weight
 from lorax_train.lora.equation import run
 from lorax_train.lora.factored import (
   RANK,
@@ -75,10 +76,10 @@ def _times(
     first, second = b, a
   else:
     raise NoRule('it contracts neither an in nor an out axis')
-  if value.key is not None:
-    if first is not a or not ins <= inside or outs & inside:
-      raise NoRule('dropout falls on what A contracts, and here A does not')
-    x = dropped(x, value.key, value.rate)
+  by_a = first is a and ins <= inside and not outs & inside
+  if value.key is not None and not by_a:
+    raise NoRule('dropout falls on what A contracts, and here A does not')
+  x = dropped(x, value)
   kept = [
     c for c in x_letters if c not in first[1] or c in second[1] or c in letters
   ]
@@ -98,13 +99,13 @@ def scaled(u: Array, letters: str, value: Factored) -> Array:
   return u * aligned(value.scale, value.letters('s'), letters).astype(u.dtype)
 
 
-def dropped(x: Array, key: Array, rate: Array) -> Array:
-  """Inverted dropout of x, one mask an adapter."""
-  if key.ndim:
+def dropped(x: Array, value: Factored) -> Array:
+  """x as A sees it under the weight's dropout."""
+  if value.key is None or value.rate is None:
+    return x
+  if value.key.ndim:
     raise NoRule('dropout needs one adapter at a time: scan the stack')
-  keep = 1.0 - rate
-  mask = jax.random.bernoulli(key, keep, x.shape)
-  return jnp.where(mask, x / keep.astype(x.dtype), jnp.zeros_like(x))
+  return weight.dropped(x, value.key, value.rate)
 
 
 def conv_general_dilated(eqn: Any, values: Sequence[Any]) -> list[Array]:
@@ -122,8 +123,7 @@ def conv_general_dilated(eqn: Any, values: Sequence[Any]) -> list[Array]:
     value = as_kind(value, dim, 'o' if dim == out_dim else 'i')
   if value.letters('o') != value.w_letters[out_dim] or value.letters('s'):
     raise NoRule(f'its out axis is not the only one kept ({value.axes})')
-  if value.key is not None:
-    x = dropped(x, value.key, value.rate)
+  x = dropped(x, value)
   kernel = jnp.moveaxis(value.a.astype(x.dtype), 0, out_dim)
   out_dtype = params.pop('preferred_element_type')
   u = lax.conv_general_dilated(x, kernel, **params)

@@ -128,21 +128,14 @@ def bind(
     if key is not None and fixed.rate is not None:
       own, stack = key_at(key, path_of(path)), fixed.scale.shape
       keys = jax.random.split(own, stack) if stack else own
-    return LoraWeight(
-      w=fixed.w,
-      a=fixed.a if adapter.a is None else adapter.a,
-      b=adapter.b,
-      scale=fixed.scale,
+    return dataclasses.replace(
+      _bound(fixed, adapter),
       rate=None if keys is None else fixed.rate,
       key=keys,
-      a0=fixed.a0,
-      b0=fixed.b0,
-      norm2=fixed.norm2,
-      m=adapter.m,
     )
 
   return jax.tree_util.tree_map_with_path(
-    join, frozen, trainable, is_leaf=_is_half
+    join, frozen, trainable, is_leaf=is_half
   )
 
 
@@ -156,20 +149,31 @@ def merge(frozen: Params, trainable: Params) -> Params:
   def join(fixed, adapter):
     if adapter is None:
       return fixed
-    axes = fixed.axes
-    w = axes_lib.to_matrices(fixed.w, axes)
-    halves = jax.tree.map(
-      lambda x: axes_lib.flatten(x, axes),
-      (adapter.b, fixed.a if adapter.a is None else adapter.a,
-       fixed.a0, fixed.b0),
-    )  # fmt: skip
-    b, a, a0, b0 = halves
-    whole = LoraWeight(
-      w, a, b, fixed.scale, a0=a0, b0=b0, norm2=fixed.norm2, m=adapter.m
+    axes, n_stack = fixed.axes, fixed.scale.ndim
+    whole = _bound(fixed, adapter)
+    factors = {name: getattr(whole, name) for name in ('a', 'b', 'a0', 'b0')}
+    flat = dataclasses.replace(
+      whole,
+      w=axes_lib.to_matrices(fixed.w, axes),
+      **jax.tree.map(lambda x: axes_lib.flatten(x, n_stack), factors),
     )
-    return axes_lib.from_matrices(whole.merged(), fixed.w.shape, axes)
+    return axes_lib.from_matrices(flat.merged(), fixed.w.shape, axes)
 
-  return jax.tree.map(join, frozen, trainable, is_leaf=_is_half)
+  return jax.tree.map(join, frozen, trainable, is_leaf=is_half)
+
+
+def _bound(fixed: Fixed, adapter: Adapter) -> LoraWeight:
+  """Both halves as one, without dropout."""
+  return LoraWeight(
+    w=fixed.w,
+    a=fixed.a_of(adapter),
+    b=adapter.b,
+    scale=fixed.scale,
+    a0=fixed.a0,
+    b0=fixed.b0,
+    norm2=fixed.norm2,
+    m=adapter.m,
+  )
 
 
 def fixed_factors(frozen: Params) -> Params:
@@ -185,7 +189,7 @@ def fixed_factors(frozen: Params) -> Params:
     a = fixed.a if fixed.a0 is None else fixed.a0
     return None if a is None else Adapter(a, fixed.b0)
 
-  return jax.tree.map(of, frozen, is_leaf=_is_half)
+  return jax.tree.map(of, frozen, is_leaf=is_half)
 
 
 def with_fixed_factors(frozen: Params, factors: Params) -> Params:
@@ -201,7 +205,7 @@ def with_fixed_factors(frozen: Params, factors: Params) -> Params:
       b0=kept.b,
     )
 
-  return jax.tree.map(put, frozen, factors, is_leaf=_is_half)
+  return jax.tree.map(put, frozen, factors, is_leaf=is_half)
 
 
 def count(frozen: Params) -> tuple[int, int]:
@@ -215,7 +219,7 @@ def count(frozen: Params) -> tuple[int, int]:
   (16, 15)
   """
   trainable = base = 0
-  for leaf in jax.tree.leaves(frozen, is_leaf=_is_half):
+  for leaf in jax.tree.leaves(frozen, is_leaf=is_half):
     if isinstance(leaf, Fixed):
       n_in, n_out = (
         math.prod(axes_lib.sizes(leaf.w.shape, leaf.axes, kind))
@@ -235,7 +239,8 @@ def _is_weight(x: Any) -> bool:
   return x is None or hasattr(x, 'shape')
 
 
-def _is_half(x: Any) -> bool:
+def is_half(x: Any) -> bool:
+  """Where `frozen` ends: a split leaf, a plain one, or nothing."""
   return isinstance(x, Fixed) or _is_weight(x)
 
 

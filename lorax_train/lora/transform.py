@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lorax_train.lora.equation import is_array, trace
 from lorax_train.lora.factored import Factored
-from lorax_train.lora.split import key_at, path_of
+from lorax_train.lora.split import is_half, key_at, path_of
 from lorax_train.lora.walk import LowRankError, Walk
 from lorax_train.lora.weight import Adapter, Fixed
 
@@ -98,7 +98,7 @@ def _joined(frozen: Params, trainable: Params, key: jax.Array | None) -> Params:
     return own
 
   return jax.tree_util.tree_map_with_path(
-    join, frozen, trainable, is_leaf=_is_half
+    join, frozen, trainable, is_leaf=is_half
   )
 
 
@@ -109,8 +109,7 @@ def _factored(
     raise ValueError(f'{path}: transform wants plain arrays, not {fixed.w}')
   if adapter.m is not None:
     raise ValueError(f'{path}: transform has no DoRA; bind has')
-  a: Any = fixed.a if adapter.a is None else adapter.a
-  b: Any = adapter.b
+  a, b = fixed.a_of(adapter), adapter.b
   a0, b0 = fixed.a0, fixed.b0
   if a0 is not None and b0 is not None:
     a = jnp.concatenate([a, a0], fixed.scale.ndim)
@@ -132,10 +131,6 @@ def _factored(
     path=path,
     dtype=jnp.dtype(fixed.w.dtype),
   )
-
-
-def _is_half(x: Any) -> bool:
-  return x is None or isinstance(x, Fixed) or hasattr(x, 'shape')
 
 
 def _is_factored(x: Any) -> bool:

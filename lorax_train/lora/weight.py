@@ -64,6 +64,10 @@ class Fixed:
   b0: Array | None = None
   norm2: Array | None = None
 
+  def a_of(self, adapter: 'Adapter') -> Array:
+    """A, whichever half it stands in."""
+    return self.a if adapter.a is None else adapter.a
+
 
 @_node('a', 'b', 'm')
 class Adapter:
@@ -137,25 +141,23 @@ class LoraWeight:
       [..., out].
     """
     base = product(x, self.w, out_dtype)
-    dropped = x
+    seen = x
     if self.key is not None and self.rate is not None:
-      dropped = _dropped(x, self.key, self.rate)
-    update = self._branch(dropped, self.a, self.b, out_dtype)
+      seen = dropped(x, self.key, self.rate)
+    update = self._branch(seen, self.a, self.b, out_dtype)
     if self.a0 is not None:
       update = update - self._branch(x, self.a0, self.b0, out_dtype)
     if self.m is None:
       return base + update
     gain = _over_rows(self._gain(), base).astype(base.dtype)
-    if dropped is x:
+    if seen is x:
       return gain * (base + update)
     # As PEFT: what m adds to the base is an update, and so sees dropout.
-    return (
-      base + (gain - 1) * product(dropped, self.w, out_dtype) + gain * update
-    )
+    return base + (gain - 1) * product(seen, self.w, out_dtype) + gain * update
 
   def _branch(self, x: Array, a: Array, b: Array, out_dtype: Any) -> Array:
     u = _contract(x, a.astype(x.dtype), -1)
-    u = u * _over_rank(self.scale, u).astype(u.dtype)
+    u = u * over(self.scale, u).astype(u.dtype)
     return _contract(u, b.astype(x.dtype), -2, out_dtype)
 
   def _gain(self) -> Array:
@@ -230,7 +232,7 @@ def sum_norm2(
   return norm2 + 2 * s * cross + s**2 * square
 
 
-def _dropped(x: Array, key: Array, rate: Array) -> Array:
+def dropped(x: Array, key: Array, rate: Array) -> Array:
   """Inverted dropout of x, one mask an adapter."""
   if rate.ndim:
     raise ValueError('dropout needs one layer at a time: scan the stack')
@@ -280,6 +282,6 @@ def _over_rows(gain: Array, y: Array) -> Array:
   return gain.reshape(*stack, *(1,) * (y.ndim - gain.ndim), n)
 
 
-def _over_rank(scale: Array, u: Array) -> Array:
-  """scale [*stack] with axes of size 1 until it broadcasts over u [..., R]."""
-  return scale.reshape(scale.shape + (1,) * (u.ndim - scale.ndim))
+def over(x: Array, like: Array) -> Array:
+  """x [*stack] with axes of size 1 until it broadcasts over `like`."""
+  return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

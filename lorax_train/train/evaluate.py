@@ -226,7 +226,7 @@ def _evaluate(
     params = hf.load_params(
       model_dir, model_cfg, jnp.dtype(cfg.model.param_dtype), mesh
     )
-    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    frozen, trainable = setup.split(cfg, params, adapters)
     evaluate = make_evaluate(
       setup.make_apply(cfg, model_cfg),
       frozen,

@@ -93,7 +93,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     began = time.monotonic()
     param_dtype = jnp.dtype(cfg.model.param_dtype)
     params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
-    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    frozen, trainable = setup.split(cfg, params, adapters)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint

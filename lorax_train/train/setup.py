@@ -213,10 +213,7 @@ def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
 
 
 def split(
-  cfg: TrainConfig,
-  params: Tree,
-  adapters: Adapters,
-  mesh: jax.sharding.Mesh,
+  cfg: TrainConfig, params: Tree, adapters: Adapters
 ) -> tuple[Tree, Tree]:
   """Factors beside the weights, lying as the weights do."""
   key = jax.random.key(cfg.train.seed)

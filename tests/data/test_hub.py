@@ -1,23 +1,18 @@
 """Rows of the hub: a real HTTP server here that `datasets` is pointed at."""
 
-import http.server
 import json
-import os
-import subprocess
-import sys
 import textwrap
-import threading
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests import hub
+from tests.hub import SHA
+
 HUB_ROWS = b'{"text": "one"}\n{"text": "two"}\n'
-SHA = 'a' * 40
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(hub.Handler):
   """As much of the hub's API as it takes to serve `own/set`."""
 
-  def answer(self):
+  def response(self):
     folder = '/api/datasets/own/set'
     status, headers, body = 404, {'X-Error-Code': 'EntryNotFound'}, b'{}'
     if '/gated' in self.path:
@@ -37,23 +32,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
       body = body.encode()
     elif self.path == f'/datasets/own/set/resolve/{SHA}/data.jsonl':
       status, headers, body = 200, {'ETag': f'"{"b" * 40}"'}, HUB_ROWS
-    self.send_response(status)
-    for name, value in (headers | {'X-Repo-Commit': SHA}).items():
-      self.send_header(name, value)
-    self.send_header('Content-Length', str(len(body)))
-    self.end_headers()
-    if self.command != 'HEAD':
-      self.wfile.write(body)
-
-  do_GET = do_HEAD = answer
-
-  def log_message(self, *args):
-    pass
+    return status, headers, body
 
 
 def ask_hub(endpoint, home, *asked, **environment):
   """`read_rows` of each (name, split), in a process of its own."""
-  # The endpoint is read once, when huggingface_hub is imported.
   code = textwrap.dedent("""
     import json, sys, time
     import datasets
@@ -70,18 +53,7 @@ def ask_hub(endpoint, home, *asked, **environment):
       assert datasets.config.HF_HUB_OFFLINE == before
     print(json.dumps(out))
   """)
-  done = subprocess.run(
-    [sys.executable, '-c', code, json.dumps(asked)],
-    env=os.environ
-    | {'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'PYTHONPATH': str(ROOT)}
-    | {'HF_HUB_OFFLINE': '0'}
-    | environment,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return hub.ask(code, endpoint, home, json.dumps(asked), **environment)
 
 
 REMEDY = '; pass a local file: --config.data.path=FILE.json'
@@ -99,11 +71,7 @@ def test_the_hub(tmp_path):
     [{'text': 'one'}, 'own/set[train] row 1'],
     [{'text': 'two'}, 'own/set[train] row 2'],
   ]
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  endpoint = f'http://127.0.0.1:{server.server_port}'
-  try:
+  with hub.serving(Hub) as endpoint:
     online = ask_hub(
       endpoint,
       tmp_path,
@@ -113,10 +81,6 @@ def test_the_hub(tmp_path):
       ('own/broken', 'train'),
       ('own/set', 'test'),
     )
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
   assert [answer for answer, _ in online] == [
     rows,
     refusal(

@@ -3,14 +3,9 @@
 References: the files themselves; a server that answers as the hub does.
 """
 
-import http.server
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import textwrap
-import threading
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,12 +13,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorax_train.formats import find
+from tests import hub
+from tests.hub import SHA
 from tests.toys import write_model
 
 from .refusals import refusal
 from .test_gguf import DIMS, write_gguf
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_a_directory_is_found_without_a_network(tiny_model, monkeypatch):
@@ -52,15 +47,12 @@ def test_paths_that_are_no_model(path, words, tiny_model):
   assert message.startswith(f'model {path}: {words}; give a ')
 
 
-SHA = 'a' * 40
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(hub.Handler):
   """As much of the hub's API as it takes to serve `own/model`."""
 
   files: Mapping[str, bytes] = {}
 
-  def answer(self):
+  def response(self):
     status, headers, body = 404, {'X-Error-Code': 'RepoNotFound'}, b'{}'
     path = self.path.partition('?')[0]
     name = path.removeprefix(f'/own/model/resolve/{SHA}/')
@@ -79,23 +71,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
       siblings = [{'rfilename': n} for n in self.files]
       info = {'id': 'own/model', 'sha': SHA, 'siblings': siblings}
       status, headers, body = 200, {}, json.dumps(info).encode()
-    self.send_response(status)
-    for key, value in {**headers, 'X-Repo-Commit': SHA}.items():
-      self.send_header(key, value)
-    self.send_header('Content-Length', str(len(body)))
-    self.end_headers()
-    if self.command != 'HEAD':
-      self.wfile.write(body)
-
-  do_GET = do_HEAD = answer
-
-  def log_message(self, *args):
-    pass
+    return status, headers, body
 
 
 def ask_hub(endpoint, home, *repos, offline='0'):
   """What `find_model` says of each repo, and in how long, in a process apart."""
-  # huggingface_hub reads the environment once, when it is imported.
   code = textwrap.dedent("""
     import json, sys, time
     from lorax_train.errors import ModelError
@@ -110,36 +90,18 @@ def ask_hub(endpoint, home, *repos, offline='0'):
       out.append([answer, time.monotonic() - begin])
     print(json.dumps(out))
   """)
-  done = subprocess.run(
-    [sys.executable, '-c', code, *repos],
-    env=os.environ
-    | {'HF_ENDPOINT': endpoint, 'HF_HOME': str(home), 'PYTHONPATH': str(ROOT)}
-    | {'HF_HUB_OFFLINE': offline},
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  assert done.returncode == 0, done.stderr
-  return json.loads(done.stdout)
+  return hub.ask(code, endpoint, home, *repos, HF_HUB_OFFLINE=offline)
 
 
 def test_the_hub(tiny_model, tmp_path, monkeypatch):
   wanted = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
   others = ('README.md', 'pytorch_model.bin', 'consolidated.safetensors')
   monkeypatch.setattr(Hub, 'files', {**wanted, **dict.fromkeys(others, b'x')})
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-  thread = threading.Thread(target=server.serve_forever)
-  thread.start()
-  endpoint = f'http://127.0.0.1:{server.server_port}'
   home = tmp_path / 'home'
-  try:
+  with hub.serving(Hub) as endpoint:
     (found, _), (gated, _), (nobody, _), (odd, _) = ask_hub(
       endpoint, home, 'own/model', 'own/gated', 'own/nobody', 'no body/model'
     )
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
   # Only what we read is fetched.
   files = {p.name: p.read_bytes() for p in pathlib.Path(found).iterdir()}
   assert files == wanted

@@ -115,7 +115,7 @@ def losses_on(mesh, model, steps=5):
   adapters = setup.plan_adapters(cfg, model_cfg)
   with jax.set_mesh(mesh):
     params = hf.load_params(model, model_cfg, jnp.float32, mesh)
-    frozen, trainable = setup.split(cfg, params, adapters, mesh)
+    frozen, trainable = setup.split(cfg, params, adapters)
     tx = optim.make_optimizer(setup.optim_config(cfg))
     state, shardings = setup.init_state(tx, frozen, trainable, mesh)
     step = jax.jit(
