@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: 8 CPU devices, tiny models, shared files."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -10,8 +11,29 @@ import pytest
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
+# Programs here run for milliseconds: they are compiled with as little of LLVM
+# as there is. XLA's own passes, which decide on memory, are all there.
+QUICK = [
+  '--xla_backend_optimization_level=0',
+  '--xla_cpu_parallel_codegen_split_count=1',
+]
+if jax.__version_info__ < (0, 11):  # a flag that XLA does not know is fatal
+  QUICK.append('--xla_cpu_use_fusion_emitters=false')
+os.environ['XLA_FLAGS'] = ' '.join([*QUICK, os.environ.get('XLA_FLAGS', '')])
+
 GOLDEN = Path(__file__).parent / 'golden'
 SHARED = Path(__file__).parents[1].parent / 'shared'
+
+
+@pytest.fixture(autouse=True, scope='session')
+def compiled_programs(tmp_path_factory):
+  """On disk, for all processes of a run: many tests train the same model."""
+  folder = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    folder = folder.parent
+  jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -53,8 +53,9 @@ def finished(tmp_path_factory):
   ]
   rows.write_text('\n'.join(lines))
   cfg = make_config(
-    model, rows, folder / 'run', eval={'samples': 2, 'every': 4}
-  )
+    model, rows, folder / 'run', data={'max_length': 320},
+    eval={'samples': 2, 'every': 4},
+  )  # fmt: skip
   said = io.StringIO()
   with contextlib.redirect_stdout(said):
     loop.run(cfg)
