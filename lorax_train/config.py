@@ -32,6 +32,8 @@ class ModelSection:
 
   Attributes:
     path: directory in Hugging Face format, or a hub id.
+    untie: make a head that is tied to the embedding a leaf of its own, so that
+      one of them can be trained alone.
     dtype: compute dtype of the layers.
     param_dtype: dtype the frozen weights are stored in.
     quant: how the frozen weights are quantised.
@@ -41,6 +43,7 @@ class ModelSection:
   """
 
   path: str = ''
+  untie: bool = False
   dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
   param_dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
   quant: str = _key('none', choices=('none',))
@@ -64,6 +67,10 @@ class LoraSection:
     rank_pattern: other ranks by regex: 'down_proj=16,layers.0.*=4'.
     alpha_pattern: other alphas by regex, likewise.
     layers_to_transform: indices of the layers to adapt, '0,1,2'; '' for all.
+    modules_to_save: names of modules that are trained whole, without an
+      adapter, 'lm_head,norm': all whose path ends so. Wins over targets.
+    trainable_token_indices: token ids whose rows of the embedding are trained,
+      '0,32000'.
     init_from: PEFT adapter directory to start from; '' for fresh factors.
       rank, alpha, targets and so on are then the adapter's own.
   """
@@ -78,6 +85,8 @@ class LoraSection:
   rank_pattern: str = ''
   alpha_pattern: str = ''
   layers_to_transform: str = ''
+  modules_to_save: str = ''
+  trainable_token_indices: str = ''
   init_from: str = ''
 
 
@@ -265,6 +274,7 @@ def lora_spec(section: LoraSection) -> LoraSpec:
   Raises:
     ValueError: what is wrong with it.
   """
+  tokens = _indices(section, 'trainable_token_indices')
   return LoraSpec(
     targets=section.targets,
     rank=section.rank,
@@ -275,17 +285,18 @@ def lora_spec(section: LoraSection) -> LoraSpec:
     exclude=section.exclude,
     rank_pattern=_pattern(section.rank_pattern, int),
     alpha_pattern=_pattern(section.alpha_pattern, float),
-    layers_to_transform=_layers(section.layers_to_transform),
+    layers_to_transform=_indices(section, 'layers_to_transform'),
+    modules_to_save=section.modules_to_save,
+    trainable_token_indices={'embed_tokens': tokens} if tokens else {},
   )
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def _indices(section: LoraSection, key: str) -> tuple[int, ...]:
   """'0, 2' -> (0, 2)."""
+  text = getattr(section, key)
   indices = [i.strip() for i in text.split(',') if i.strip()]
   if not all(i.isdecimal() for i in indices):
-    raise ValueError(
-      f'layers_to_transform {text!r} is not layer indices such as 0,1,2'
-    )
+    raise ValueError(f'{key} {text!r} is not indices such as 0,1,2')
   return tuple(map(int, indices))
 
 

@@ -13,7 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_train.lora import Adapter, Fixed
+from lorax_train.lora import Adapter, Fixed, Original, is_trained
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -93,10 +93,7 @@ def adapter_sharding(fixed: Fixed, adapter: Adapter) -> Adapter:
 
   The rank axis is whole everywhere.
   """
-  mesh = fixed.w.sharding.mesh
-  ndim = len(fixed.w.shape)
-  spec = tuple(fixed.w.sharding.spec)
-  spec += (None,) * (ndim - len(spec))
+  mesh, spec = fixed.w.sharding.mesh, _full_spec(fixed.w)
   stack, inner, outer = (
     [part for part, kind in zip(spec, fixed.axes, strict=True) if kind == k]
     for k in 'sio'
@@ -116,14 +113,24 @@ def trainable_shardings(frozen: Any, trainable: Any) -> Any:
   """The trainable tree with a sharding in each leaf's place.
 
   Reads where the frozen weights lie, so it follows them whatever rule put
-  them there.
+  them there; what is trained whole stays where `lora.split` left it.
   """
-  return jax.tree.map(
-    lambda fixed, adapter: adapter and adapter_sharding(fixed, adapter),
-    frozen,
-    trainable,
-    is_leaf=lambda x: isinstance(x, Fixed),
-  )
+
+  def of(half: Any, own: Any) -> Any:
+    if isinstance(half, Fixed) and own is not None:
+      return adapter_sharding(half, own)
+    if isinstance(half, Original) and half.w is not None:
+      mesh, spec = half.w.sharding.mesh, _full_spec(half.w)
+      return NamedSharding(mesh, P(None, *spec[1:]))
+    return None if own is None else own.sharding
+
+  return jax.tree.map(of, frozen, trainable, is_leaf=is_trained)
+
+
+def _full_spec(w: Any) -> tuple[Any, ...]:
+  """What of the mesh each axis of an array is cut by."""
+  spec = tuple(w.sharding.spec)
+  return spec + (None,) * (len(w.shape) - len(spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -56,7 +56,9 @@ def test_every_number_survives_the_round_trip():
   given = mapping()
   for keys in given.values():
     for key, value in keys.items() if isinstance(keys, dict) else ():
-      if isinstance(value, int):
+      if isinstance(value, bool):
+        keys[key] = not value
+      elif isinstance(value, int):
         keys[key] = value + 2
       elif isinstance(value, float):
         keys[key] = value / 2 + 0.25
@@ -225,6 +227,11 @@ SPECS = [
   ({'rank_pattern': ' , '}, {'rank_pattern': {}}),
   ({'layers_to_transform': '0, 2,'}, {'layers_to_transform': (0, 2)}),
   ({'layers_to_transform': ' '}, {'layers_to_transform': ()}),
+  ({'modules_to_save': 'lm_head, norm'}, {'modules_to_save': 'lm_head, norm'}),
+  (
+    {'trainable_token_indices': '7, 3'},
+    {'trainable_token_indices': {'embed_tokens': (7, 3)}},
+  ),
   (
     {'variant': 'rslora', 'exclude': 'lm_head', 'dropout': 0.5},
     {'variant': 'rslora', 'exclude': 'lm_head', 'dropout': 0.5},
@@ -254,8 +261,11 @@ BAD_SPECS = [
   ({'rank_pattern': '(q=4'}, 'no regular expression'),
   ({'alpha_pattern': 'q_proj=x'}, "'q_proj=x' is not REGEX=float"),
   ({'alpha_pattern': 'q_proj=nan'}, "'q_proj=nan' is not REGEX=float"),
-  ({'layers_to_transform': '0,x'}, "'0,x' is not layer indices"),
-  ({'layers_to_transform': '-1'}, "'-1' is not layer indices"),
+  ({'layers_to_transform': '0,x'}, "'0,x' is not indices"),
+  ({'layers_to_transform': '-1'}, "'-1' is not indices"),
+  ({'modules_to_save': '.*norm'}, "'.*norm' is no list of names"),
+  ({'trainable_token_indices': '7,x'}, "'7,x' is not indices"),
+  ({'trainable_token_indices': '7,7'}, 'no list of different token ids'),
   (
     {'layers_to_transform': '0', 'targets': 'all-linear'},
     'layers_to_transform needs targets given as names',
@@ -287,7 +297,7 @@ def test_every_key_has_a_plain_type_and_a_default_of_it():
   ]
   # So that ml_collections can parse an override, and None needs no type.
   assert len(flat) > 30
-  assert {type(value) for _, value in flat} == {str, int, float}
+  assert {type(value) for _, value in flat} == {str, int, float, bool}
 
 
 def test_the_optimizer_takes_its_numbers_from_the_train_section():

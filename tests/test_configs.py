@@ -69,9 +69,7 @@ def mistral_7b(tmp_path):
 
 
 def counts(cfg, model_cfg):
-  frozen, _ = setup.abstract(
-    cfg, model_cfg, setup.plan_adapters(cfg, model_cfg)
-  )
+  frozen, _ = setup.abstract(cfg, setup.plan_adapters(cfg, model_cfg))
   return lora.count(frozen)
 
 
@@ -119,7 +117,7 @@ def test_the_reference_run_trains_what_it_promises(tmp_path):
   assert counts(cfg, model_cfg) == (27_262_976, 7_241_732_096)
   assert '27,262,976 of 7,241,732,096' in REFERENCE.read_text('utf-8')
   adapters = setup.plan_adapters(cfg, model_cfg)
-  frozen, _ = setup.abstract(cfg, model_cfg, adapters)
+  frozen, _ = setup.abstract(cfg, adapters)
   targets = report.targets(frozen, adapters.names)
   assert targets == 'q_proj x 32 (r 64), v_proj x 32 (r 64)'
 

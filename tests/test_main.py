@@ -346,7 +346,7 @@ MISTAKES = {
     None,
     {'lora.targets': 'q_proj.*x'},
     2,
-    ["'q_proj.*x'", 'there are: q_proj'],
+    ["'q_proj.*x'", 'there are: embed_tokens, q_proj'],
   ),
   'a layer that is not there': (
     None,

@@ -15,7 +15,7 @@ import numpy as np
 
 from lorax_train import parallel
 from lorax_train.errors import ModelError
-from lorax_train.formats import safetensors
+from lorax_train.formats import hf_config, safetensors
 from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig, Param
@@ -173,17 +173,26 @@ def _disagreement(
 def _settle_tied(
   directory: Path, cfg: DecoderConfig, refs: dict[str, TensorRef]
 ) -> None:
-  """A tied matrix may be stored under either name, or twice and equal."""
+  """A tied matrix may be stored under either name, or twice and equal.
+
+  Where `cfg` has parted what the files tie, both names get the same tensor.
+  """
   embed, head = 'model.embed_tokens.weight', 'lm_head.weight'
-  if not cfg.tied or head not in refs:
+  stored = [refs[name] for name in (embed, head) if name in refs]
+  tied = cfg.tied or hf_config.read_config(directory).tied
+  if not tied or not stored:
     return
-  stored = refs.pop(head)
-  kept = refs.setdefault(embed, stored)
-  if kept is not stored and not np.array_equal(kept.read(), stored.read()):
+  if len(stored) == 2 and not np.array_equal(
+    stored[0].read(), stored[1].read()
+  ):
     raise ModelError(
       f'{directory}: config.json ties the embeddings but {embed} and {head}'
       ' differ: set tie_word_embeddings to false, or drop one of them'
     )
+  refs.pop(head, None)
+  refs[embed] = stored[0]
+  if not cfg.tied:
+    refs[head] = stored[0]
 
 
 def _check_finite(

@@ -5,6 +5,7 @@ with the dtype changed, its tokenizer, its generation_config.json. The
 directory is built under another name and moved in one step.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -70,7 +71,9 @@ def save_params(
   Args:
     directory: must not exist.
     source: the directory that the parameters came from.
-    params: as `hf.load_params` gives them; linears may be `LoraWeight`s.
+    params: as `hf.load_params` gives them; some may be `LoraWeight`s, or
+      others that have `merged`. With a head of its own, where `source` ties
+      it, the written model ties it no more.
     dtype: what to store; None for what each tensor has in `source`. Load in
       `exact_dtype`, or it is rounded twice.
     shard_bytes: above this much, several files and an index.
@@ -86,10 +89,12 @@ def save_params(
   directory = Path(directory)
   check_absent(directory)
   cfg = hf_config.read_config(source)
+  parted = cfg.tied and 'lm_head' in params
+  cfg = dataclasses.replace(cfg, tied=cfg.tied and not parted)
   shards = _shards(_tensors(cfg, source, dtype), shard_bytes)
   with whole(directory, 'model not written') as building:
     _write_weights(building, shards, params)
-    _write_config(building, source, dtype)
+    _write_config(building, source, dtype, parted)
     for name in COPIED:
       if (source / name).is_file():
         shutil.copyfile(source / name, building / name)
@@ -129,8 +134,12 @@ def _tensors(cfg: DecoderConfig, source: Path, dtype: Any) -> list[_Tensor]:
     shape = params_lib.shape(cfg, param)[1 if param.stacked else 0 :]
     shape = shape[::-1] if param.linear else shape
     for layer, name in enumerate(params_lib.hf_names(cfg, param)):
-      # A tied matrix may be stored under the head's name.
-      ref = refs.get(name) or refs.get('lm_head.weight')
+      # A tied matrix may be stored under either name.
+      ref = (
+        refs.get(name)
+        or refs.get('lm_head.weight')
+        or refs.get('model.embed_tokens.weight')
+      )
       stored = np.dtype(dtype) if ref is None else ref.dtype
       tensors.append(_Tensor(name, param, layer, shape, stored))
   return sorted(tensors, key=lambda t: t.layer)
@@ -160,7 +169,7 @@ def _write_weights(
   by_path = {
     lora.path_of(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=lambda x: isinstance(x, lora.LoraWeight)
+      params, is_leaf=_is_merged
     )
   }
   for file, tensors in shards.items():
@@ -186,7 +195,7 @@ def _array(tensor: _Tensor, leaf: Any) -> np.ndarray:
   """One layer's matrix as Hugging Face stores it."""
   if tensor.param.stacked:
     leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
-  if isinstance(leaf, lora.LoraWeight):
+  if _is_merged(leaf):
     # In true float32 on any device, where the default may be less.
     with jax.default_matmul_precision('highest'):
       leaf = leaf.merged()
@@ -195,9 +204,18 @@ def _array(tensor: _Tensor, leaf: Any) -> np.ndarray:
   return np.ascontiguousarray(array.astype(tensor.dtype))
 
 
-def _write_config(directory: Path, source: Path, dtype: Any) -> None:
-  """The source's config.json, saying what dtype the weights have now."""
+def _is_merged(leaf: Any) -> bool:
+  """A weight that is a sum, or has rows of its own."""
+  return hasattr(leaf, 'merged')
+
+
+def _write_config(
+  directory: Path, source: Path, dtype: Any, parted: bool
+) -> None:
+  """The source's config.json, saying what the weights are now."""
   raw = read_object(source / 'config.json')
+  if parted:
+    raw['tie_word_embeddings'] = False
   if dtype is not None:
     # transformers 5 writes `dtype` and reads both, older ones `torch_dtype`.
     keys = [key for key in ('dtype', 'torch_dtype') if key in raw]

@@ -1,7 +1,8 @@
 """PEFT adapter directories: adapter_config.json and adapter_model.safetensors.
 
 Names and shapes as PEFT 0.21 writes them: A is (r, in), B is (out, r), DoRA's
-magnitude (out,). What is in the JSON is peft_config's.
+magnitude (out,), and what is trained whole as Hugging Face stores it. What is
+in the JSON is peft_config's, what the tensors are called peft_tensors'.
 
 An adapter that began from the base (PiSSA, OLoRA) is B A - B0 A0 on it. It is
 written as [B, -B0] [A; A0], of twice the rank, so that it fits the base as it
@@ -11,119 +12,99 @@ is; PEFT alone would need the base that it changed.
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorax_train.errors import ModelError
-from lorax_train.formats import safetensors
+from lorax_train.errors import ModelError, one_line
+from lorax_train.formats import peft_tensors, safetensors
 from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
-from lorax_train.formats.safetensors import TensorRef, few
-from lorax_train.lora import (
-  Adapter,
-  Fixed,
-  LoraSpec,
-  Placement,
-  path_of,
-  resolve,
+from lorax_train.formats.peft_tensors import (
+  EMBEDDING,
+  HEAD,
+  MAGNITUDE,
+  PREFIX,
+  ROWS,
+  WEIGHTS_FILE,
+  WHOLE,
+  LoadedAdapter,
 )
+from lorax_train.formats.peft_trees import fill, to_tensors
+from lorax_train.formats.safetensors import few
+from lorax_train.lora import LoraSpec, Placement, Whole, resolve, split
 from lorax_train.lora.init import FROM_BASE
+from lorax_train.lora.matching import place
+from lorax_train.models import params as params_lib
+from lorax_train.models.params import DecoderConfig
 
-PREFIX = 'base_model.model.'
-WEIGHTS_FILE = 'adapter_model.safetensors'
+__all__ = [
+  'LoadedAdapter',
+  'attach',
+  'equals',
+  'fill',
+  'load_adapter',
+  'on_model',
+  'on_tied',
+  'placement',
+  'save_adapter',
+  'to_tensors',
+]
 
-CARRIED = '.base_layer.weight'
-_MAGNITUDE = '.lora_magnitude_vector'
-_KEY = re.compile(
-  rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|(magnitude_vector))'
-)
-
-
-class LoadedAdapter(NamedTuple):
-  """A PEFT adapter as read.
-
-  Attributes:
-    spec: what it adapts, by PEFT's rules.
-    factors: {module name: (A [r, in], B [r, out])} float32.
-    base: base_model_name_or_path, '' if not given.
-    carried: {module name: the base's own weight (out, in), saved along}.
-    magnitudes: {module name: m [out]} float32, of DoRA.
-  """
-
-  spec: LoraSpec
-  factors: dict[str, tuple[np.ndarray, np.ndarray]]
-  base: str
-  carried: Mapping[str, TensorRef] = MappingProxyType({})
-  magnitudes: Mapping[str, np.ndarray] = MappingProxyType({})
+Names = Mapping[str, tuple[str, ...]]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def save_adapter(
   directory: str | os.PathLike,
   frozen: Any,
   trainable: Any,
-  names: Mapping[str, tuple[str, ...]],
+  names: Names,
   spec: LoraSpec,
   base: str,
+  others: Names = _NONE,
+  tied: bool = False,
 ) -> None:
   """Writes adapter_config.json and adapter_model.safetensors.
 
   Args:
     directory: made where absent.
     frozen: from `lora.split`; its weights may be shapes only.
-    trainable: the factors.
+    trainable: the factors, and what is trained whole.
     names: {path: module names}, as `lora.split` had them.
     spec: as `lora.split` had it.
     base: what base_model_name_or_path shall say.
+    others: {path: module names}, as `lora.split` had them.
+    tied: the head is the embedding, one leaf.
   """
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  tensors = to_tensors(frozen, trainable, names)
+  tensors = to_tensors(frozen, trainable, {**names, **others})
+  heads = _heads(tensors) if tied else {}
+  tensors |= heads
   save_file(tensors, directory / WEIGHTS_FILE, metadata={'format': 'pt'})
-  config = to_config(_written(spec), names, base)
+  config = to_config(_written(spec), names, base, others, tied=bool(heads))
   text = json.dumps(config, indent=2, sort_keys=True)
   (directory / CONFIG_FILE).write_text(text + '\n', 'utf-8')
 
 
-def to_tensors(
-  frozen: Any, trainable: Any, names: Mapping[str, tuple[str, ...]]
-) -> dict[str, np.ndarray]:
-  """{PEFT key: array} in float32, each of its module's true rank."""
-  tensors = {}
-  for path, fixed, adapter in _adapted(frozen, trainable):
-    n_in, n_out = fixed.w.shape[-2:]
-    a, b = fixed.a_of(adapter), adapter.b
-    parts = [(_layers(a, n_in), _layers(b, n_out))]
-    if fixed.a0 is not None:
-      parts.append((_layers(fixed.a0, n_in), -_layers(fixed.b0, n_out)))
-    for i, (name, rank) in enumerate(
-      zip(names[path], fixed.ranks, strict=True)
-    ):
-      if not rank:
-        continue
-      key = f'{PREFIX}{name}'
-      a_i, b_i = (
-        np.concatenate([half[i, :rank] for half in halves])
-        for halves in zip(*parts, strict=True)
-      )
-      tensors[f'{key}.lora_A.weight'] = a_i
-      tensors[f'{key}.lora_B.weight'] = np.ascontiguousarray(b_i.T)
-      if adapter.m is not None:
-        m = np.asarray(adapter.m, np.float32).reshape(-1, n_out)
-        tensors[f'{key}{_MAGNITUDE}'] = m[i].copy()
-  return tensors
+def _heads(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The part of a head that is the embedding, transposed, as PEFT wants it.
 
-
-def _layers(factor: Any, n: int) -> np.ndarray:
-  """[*stack, R, n] as [stack, R, n] in float32."""
-  array = np.asarray(factor, np.float32)
-  return array.reshape(-1, array.shape[-2], n)
+  Trained rows are not in it: of those PEFT ties by itself.
+  """
+  heads = {}
+  for key, array in tensors.items():
+    if f'{EMBEDDING}.lora_embedding' in key:
+      half = 'B' if key.endswith('A') else 'A'
+      heads[peft_tensors.factor_key(HEAD, half)] = array.T.copy()
+    elif key.endswith(f'{EMBEDDING}{WHOLE}'):
+      heads[f'{PREFIX}{HEAD}{WHOLE}'] = array.copy()
+  return heads
 
 
 def _written(spec: LoraSpec) -> LoraSpec:
@@ -146,146 +127,222 @@ def load_adapter(directory: str | os.PathLike) -> LoadedAdapter:
 
   Raises:
     ModelError: not a LoRA adapter, a setting we don't compute, keys we don't
-      know, or factors that are not finite or don't fit each other.
+      know, or numbers that are not finite or don't fit each other.
   """
   directory = Path(directory)
-  spec, base = read_config(directory / CONFIG_FILE)
-  refs = safetensors.open_file(directory / WEIGHTS_FILE)
-  halves: dict[str, dict[str, np.ndarray]] = {}
-  carried: dict[str, TensorRef] = {}
-  unknown = []
-  for key, ref in refs.items():
-    if key.endswith(CARRIED):
-      # PEFT adds the base's head where the head is a target.
-      carried[key.removeprefix(PREFIX).removesuffix(CARRIED)] = ref
-      continue
-    found = _KEY.fullmatch(key)
-    floating = jnp.issubdtype(ref.dtype, jnp.floating)
-    ndim = 1 if found and found[3] else 2
-    if found is None or len(ref.shape) != ndim or not floating:
-      unknown.append(f'{key} {ref.dtype}{list(ref.shape)}')
-      continue
-    part = ref.read().astype(np.float32)
-    halves.setdefault(found[1], {})[found[2] or 'm'] = part
+  spec, base, tied = read_config(directory / CONFIG_FILE)
   where = directory / WEIGHTS_FILE
-  if unknown:
-    raise ModelError(f'{where}: not LoRA factors of linears: {few(unknown)}')
+  found = peft_tensors.find(safetensors.open_file(where))
+  names = [*found.whole, *found.rows]
+  if found.unknown:
+    raise ModelError(
+      f'{where}: not parts of a LoRA adapter: {few(found.unknown)}'
+    )
+  if not found.factors:
+    raise ModelError(f'{where}: no adapter in it')
+  try:
+    # Of a name that is in no such list, PEFT would read nothing.
+    whole = resolve(spec, [*found.factors], False, names) if names else {}
+  except ValueError as error:
+    raise ModelError(f'{where}: {one_line(error)}') from None
+  stray = [
+    n
+    for n in names
+    if not isinstance(whole.get(n), Whole) and not (tied and n == HEAD)
+  ]
+  if stray:
+    raise ModelError(
+      f'{where}: weights of modules that neither modules_to_save nor'
+      f' trainable_token_indices name (of a block, name its modules):'
+      f' {few(stray)}'
+    )
   problems: list[str] = []
   factors, magnitudes = {}, {}
-  dora = 'dora' in spec.variants
-  for name, parts in halves.items():
-    a, b, m = (parts.get(part) for part in ('A', 'B', 'm'))
-    if a is None or b is None:
-      problems.append(f'{name}: lora_{"B" if b is None else "A"} is missing')
-    elif a.shape[0] != b.shape[1]:
-      problems.append(f'{name}: A {a.shape} and B {b.shape} do not fit')
-    elif (m is not None) != dora:
-      said = 'missing' if dora else f'there, but not by {CONFIG_FILE}'
-      problems.append(f'{name}: {_MAGNITUDE[1:]} is {said}')
-    elif m is not None and len(m) != len(b):
-      problems.append(f'{name}: B {b.shape} and magnitude {m.shape} do not fit')
-    elif not all(np.isfinite(x).all() for x in parts.values()):
-      problems.append(f'{name}: not finite')
-    else:
-      factors[name] = (a, np.ascontiguousarray(b.T))
-      if m is not None:
-        magnitudes[name] = m
-  if problems or not factors:
-    raise ModelError(f'{where}: {few(problems) or "no adapter in it"}')
-  return LoadedAdapter(spec, factors, base, carried, magnitudes)
+  for name, refs in found.factors.items():
+    parts = {k: ref.read().astype(np.float32) for k, ref in refs.items()}
+    problem = _disagreement(parts, 'dora' in spec.variants)
+    if problem:
+      problems.append(f'{name}: {problem}')
+      continue
+    factors[name] = (parts['A'], np.ascontiguousarray(parts['B'].T))
+    if 'm' in parts:
+      magnitudes[name] = parts['m']
+  trained = {
+    name: ref.read().astype(np.float32) for name, ref in found.whole.items()
+  }
+  for name, ref in found.rows.items():
+    tokens = _tokens(spec, name)
+    if len(tokens) != ref.shape[0]:
+      problems.append(f'{name}: {ref.shape[0]} rows of {len(tokens)} tokens')
+      continue
+    trained[name] = ref.read().astype(np.float32)[np.argsort(tokens)]
+  problems += [
+    f'{name}: not finite'
+    for name, x in trained.items()
+    if not np.isfinite(x).all()
+  ]
+  if problems:
+    raise ModelError(f'{where}: {few(problems)}')
+  return LoadedAdapter(
+    spec, factors, base, found.carried, magnitudes, trained, tied
+  )
+
+
+def _disagreement(parts: Mapping[str, np.ndarray], dora: bool) -> str:
+  """What is wrong with the factors of a module; '' for nothing."""
+  a, b, m = (parts.get(part) for part in ('A', 'B', 'm'))
+  if a is None or b is None:
+    return f'lora_{"B" if b is None else "A"} is missing'
+  if a.shape[0] != b.shape[1]:
+    return f'A {a.shape} and B {b.shape} do not fit'
+  if (m is not None) != dora:
+    said = 'missing' if dora else f'there, but not by {CONFIG_FILE}'
+    return f'{MAGNITUDE[1:]} is {said}'
+  if m is not None and len(m) != len(b):
+    return f'B {b.shape} and magnitude {m.shape} do not fit'
+  if not all(np.isfinite(x).all() for x in parts.values()):
+    return 'not finite'
+  return ''
+
+
+def _tokens(spec: LoraSpec, name: str) -> tuple[int, ...]:
+  """The tokens whose rows of an embedding are trained."""
+  tables = spec.trainable_token_indices
+  return next(t for table, t in tables.items() if name.endswith(table))
+
+
+def on_tied(loaded: LoadedAdapter) -> LoadedAdapter:
+  """The adapter on a base whose head is its embedding, where it says so too.
+
+  PEFT writes the head's factors beside the embedding's, which they equal.
+
+  Raises:
+    ModelError: they don't.
+  """
+  factors, trained = dict(loaded.factors), dict(loaded.trained)
+  embedding = next(
+    (n for n in (*factors, *trained) if n.endswith(EMBEDDING)), None
+  )
+  if not loaded.tied or embedding is None:
+    return loaded
+  # DoRA scales columns, each side its own; patterns are looked up by name.
+  same = HEAD not in loaded.magnitudes
+  if embedding in factors:
+    same = same and (
+      place(loaded.spec, HEAD).scale == place(loaded.spec, embedding).scale
+    )
+  if HEAD in factors and embedding in factors:
+    (a, b), (head_a, head_b) = factors[embedding], factors.pop(HEAD)
+    same = same and np.array_equal(a, head_b) and np.array_equal(b, head_a)
+  if HEAD in trained and embedding in trained:
+    same = same and np.array_equal(trained.pop(HEAD), trained[embedding])
+  if not same:
+    raise ModelError(
+      f'adapter does not fit the model: {HEAD} is tied to {embedding}, but is'
+      ' adapted otherwise: by other numbers, another scale or DoRA'
+    )
+  return loaded._replace(factors=factors, trained=trained)
 
 
 def equals(loaded: LoadedAdapter, tensors: Mapping[str, np.ndarray]) -> bool:
   """Whether an adapter as read is that of `to_tensors`, bit for bit."""
-  again = {}
-  for name, (a, b) in loaded.factors.items():
-    again[f'{PREFIX}{name}.lora_A.weight'] = a
-    again[f'{PREFIX}{name}.lora_B.weight'] = b.T
-  for name, m in loaded.magnitudes.items():
-    again[f'{PREFIX}{name}{_MAGNITUDE}'] = m
-  return again.keys() == tensors.keys() and all(
-    np.array_equal(again[key], tensors[key]) for key in tensors
+  left = dict(tensors)
+
+  def same(key: str, array: np.ndarray) -> bool:
+    return key in left and np.array_equal(left.pop(key), array)
+
+  def same_factor(name: str, half: str, array: np.ndarray) -> bool:
+    keys = [peft_tensors.factor_key(name, half, e) for e in (False, True)]
+    return any(same(key, array) for key in keys if key in left)
+
+  return (
+    all(
+      same_factor(name, 'A', a) and same_factor(name, 'B', b.T)
+      for name, (a, b) in loaded.factors.items()
+    )
+    and all(
+      same(f'{PREFIX}{name}{MAGNITUDE}', m)
+      for name, m in loaded.magnitudes.items()
+    )
+    and all(
+      any(same(f'{PREFIX}{name}{end}', x) for end in (WHOLE, ROWS))
+      for name, x in loaded.trained.items()
+    )
+    and not left
   )
 
 
-def fill(
-  loaded: LoadedAdapter,
-  frozen: Any,
-  trainable: Any,
-  names: Mapping[str, tuple[str, ...]],
-) -> Any:
-  """The trainable tree with an adapter's factors in it.
+def on_model(
+  loaded: LoadedAdapter, cfg: DecoderConfig
+) -> tuple[DecoderConfig, LoadedAdapter, dict[str, Placement | Whole]]:
+  """How an adapter lies on a model.
 
-  Args:
-    loaded: from `load_adapter`.
-    frozen: from `lora.split` by the same placement.
-    trainable: from the same split; shapes suffice.
-    names: {path: module names}.
+  Returns:
+    The model as the adapter sees it (a head that its files tie to the embedding
+    is a leaf of its own, where the adapter is of one of the two alone), the
+    adapter, and what is trained of each module.
 
   Raises:
-    ModelError: modules or ranks that the two sides don't share.
+    ModelError: it does not fit.
   """
-  left = dict(loaded.factors)
-  problems = []
-  filled: dict[str, Adapter] = {}
-  for path, fixed, adapter in _adapted(frozen, trainable):
-    a = np.zeros(adapter.a.shape, np.float32)
-    b = np.zeros(adapter.b.shape, np.float32)
-    m = None if adapter.m is None else np.zeros(adapter.m.shape, np.float32)
-    stack = fixed.scale.shape
-    for i, (name, rank) in enumerate(
-      zip(names[path], fixed.ranks, strict=True)
-    ):
-      if not rank:
-        continue
-      theirs = left.pop(name, None)
-      wanted = ((rank, a.shape[-1]), (rank, b.shape[-1]))
-      if theirs is None or (theirs[0].shape, theirs[1].shape) != wanted:
-        got = 'nothing' if theirs is None else [t.shape for t in theirs]
-        problems.append(f'{name} wants A and B^T {list(wanted)}, got {got}')
-        continue
-      at = np.unravel_index(i, stack) if stack else ()
-      a[at][:rank], b[at][:rank] = theirs
-      if m is not None:
-        m[at] = loaded.magnitudes[name]
-    filled[path] = jax.tree.map(jnp.asarray, Adapter(a, b, m))
-  if left:
-    problems.append(f'factors of modules that are not targets: {few([*left])}')
-  problems += [
-    f'it was made on another {name}, which it carries along'
-    for path, fixed, _ in _adapted(frozen, trainable)
-    for name in names[path]
-    if name in loaded.carried and _differs(loaded.carried[name], fixed.w)
-  ]
-  if problems:
-    raise ModelError(f'adapter does not fit the model: {few(problems)}')
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: filled[path_of(path)],
-    trainable,
-    is_leaf=lambda x: isinstance(x, Adapter),
-  )
+  rows = loaded.spec.trainable_token_indices
+  if any(name.endswith(HEAD) for name in rows):
+    raise ModelError(f'rows of {HEAD} alone are trained: not supported')
+  if cfg.tied and loaded.unties():
+    if rows:
+      raise ModelError(
+        f'rows of {EMBEDDING} are trained beside a {HEAD} that is tied to it and'
+        ' adapted: not supported'
+      )
+    cfg = dataclasses.replace(cfg, tied=False)
+  if cfg.tied:
+    loaded = on_tied(loaded)
+  names, norms = params_lib.module_names(cfg), params_lib.norm_names(cfg)
+  return cfg, loaded, placement(loaded, names, norms)
 
 
-def _differs(carried: TensorRef, w: Any) -> bool:
-  """Whether a base weight that PEFT saved along is not the model's."""
-  if not isinstance(w, jax.Array) or not w.is_fully_addressable:
-    return False  # shapes only, or cut across hosts: not to be compared here
-  theirs = carried.read().T.astype(w.dtype)
-  return not np.array_equal(theirs, np.asarray(w))
+def attach(
+  loaded: LoadedAdapter,
+  placed: Mapping[str, Placement | Whole],
+  cfg: DecoderConfig,
+  params: Any,
+) -> tuple[Any, Any]:
+  """(frozen, trainable) of a model under an adapter.
+
+  Args:
+    loaded: the adapter, as `on_model` gives it.
+    placed: what is trained of each module, likewise.
+    cfg: of the model, likewise.
+    params: its weights.
+
+  Raises:
+    ModelError: the adapter does not fit them.
+  """
+  names, norms = params_lib.module_names(cfg), params_lib.norm_names(cfg)
+  try:
+    frozen, trainable = split(
+      jax.random.key(0), params, placed, names, params_lib.layout(cfg), norms
+    )
+  except ValueError as error:
+    raise ModelError(f'adapter does not fit the model: {error}') from None
+  return frozen, fill(loaded, frozen, trainable, {**names, **norms})
 
 
 def placement(
-  loaded: LoadedAdapter, names: Mapping[str, tuple[str, ...]]
-) -> dict[str, Placement]:
-  """The adapter's {module name: rank and scale} on a model of these names.
+  loaded: LoadedAdapter, names: Names, others: Names = _NONE
+) -> dict[str, Placement | Whole]:
+  """The adapter's {module name: what is trained} on a model of these names.
 
   Raises:
     ModelError: a rank that is not that of the factors, so that nobody makes
       arrays of a size which is but written down.
   """
-  flat = [name for of_stack in names.values() for name in of_stack]
+  flat, rest = (
+    [name for of_stack in of.values() for name in of_stack]
+    for of in (names, others)
+  )
   try:
-    placed = resolve(loaded.spec, flat, strict=False)
+    placed = resolve(loaded.spec, flat, strict=False, others=rest)
   except ValueError as error:
     raise ModelError(f'adapter does not fit the model: {error}') from None
   ranks = {name: a.shape[0] for name, (a, _) in loaded.factors.items()}
@@ -293,24 +350,8 @@ def placement(
     f'{name} has rank {place.rank} by {CONFIG_FILE}, but {ranks.get(name, 0)} in'
     f' {WEIGHTS_FILE}'
     for name, place in placed.items()
-    if place.rank != ranks.get(name, 0)
+    if isinstance(place, Placement) and place.rank != ranks.get(name, 0)
   ]
   if problems:
     raise ModelError(f'adapter does not fit the model: {few(problems)}')
   return placed
-
-
-def _adapted(frozen: Any, trainable: Any):
-  """(path, Fixed, Adapter) of each adapted leaf, in tree order."""
-  is_fixed = lambda x: isinstance(x, Fixed)  # noqa: E731
-  is_adapter = lambda x: isinstance(x, Adapter)  # noqa: E731
-  fixed = [
-    (path_of(path), leaf)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      frozen, is_leaf=is_fixed
-    )
-    if is_fixed(leaf)
-  ]
-  adapters = jax.tree.leaves(trainable, is_leaf=is_adapter)
-  for (path, leaf), adapter in zip(fixed, adapters, strict=True):
-    yield path, leaf, adapter

@@ -11,12 +11,15 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from lorax_train.errors import ModelError, one_line
 from lorax_train.formats.jsonfile import read_object
+from lorax_train.formats.peft_tensors import EMBEDDING, HEAD
 from lorax_train.formats.safetensors import few
-from lorax_train.lora import LoraSpec, resolve
+from lorax_train.lora import LoraSpec, adapted, resolve
+from lorax_train.lora.matching import place
 from lorax_train.lora.spec import ALL_LINEAR, target_list
 
 CONFIG_FILE = 'adapter_config.json'
@@ -29,8 +32,6 @@ MUST_BE_OFF: Mapping[str, Any] = {
   'lora_bias': False,
   'bias': 'none',
   'fan_in_fan_out': False,
-  'modules_to_save': None,
-  'trainable_token_indices': None,
   'target_parameters': None,
   'layer_replication': None,
   'layers_pattern': None,
@@ -57,36 +58,73 @@ _KINDS: Mapping[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
   'rank_pattern': ((dict, type(None)), (int,)),
   'alpha_pattern': ((dict, type(None)), _NUMBER),
   'layers_to_transform': ((int, list, type(None)), (int,)),
+  'modules_to_save': ((list, type(None)), (str,)),
+  'trainable_token_indices': ((list, dict, type(None)), (int, list)),
+  'ensure_weight_tying': ((bool, type(None)), ()),
   'base_model_name_or_path': ((str, type(None)), ()),
 }
 
 
+class Settings(NamedTuple):
+  """What adapter_config.json says.
+
+  Attributes:
+    spec: what is adapted.
+    base: base_model_name_or_path, '' if not given.
+    tied: ensure_weight_tying: in a base whose head is its embedding, both are
+      one leaf under the adapter too.
+  """
+
+  spec: LoraSpec
+  base: str
+  tied: bool
+
+
 def to_config(
-  spec: LoraSpec, names: Mapping[str, tuple[str, ...]], base: str
+  spec: LoraSpec,
+  names: Mapping[str, tuple[str, ...]],
+  base: str,
+  others: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+  tied: bool = False,
 ) -> dict[str, Any]:
   """adapter_config.json of an adapter made by this spec.
 
   The first pattern that matches wins, but PEFT sorts the patterns when it
   writes them again. Where that would change a rank or a scale, each module is
   named in full instead. So it is where a regex for targets also matches what
-  is no linear: we pass over that, PEFT refuses.
+  takes no adapter: we pass over that, PEFT refuses.
+
+  Args:
+    spec: what is adapted.
+    names: {path: module names} of what could be.
+    base: what base_model_name_or_path shall say.
+    others: {path: module names} of what takes no adapter.
+    tied: see `Settings`.
   """
   flat = [name for of_stack in names.values() for name in of_stack]
+  rest = [name for of_stack in others.values() for name in of_stack]
   patterns: dict[str, Any] = {
     'rank_pattern': dict(sorted(spec.rank_pattern.items())),
     'alpha_pattern': dict(sorted(spec.alpha_pattern.items())),
   }
-  placed = resolve(spec, flat, strict=False)
+  placed = adapted(resolve(spec, flat, strict=False))
   by_sorted = dataclasses.replace(spec, **patterns)
-  if resolve(by_sorted, flat, strict=False) != placed:
+  embedding = next((n for n in placed if n.endswith(EMBEDDING)), None)
+  if tied and embedding:
+    # PEFT looks its rank and scale up under the head's own name.
+    placed[HEAD] = placed[embedding]
+  now = adapted(resolve(by_sorted, flat, strict=False))
+  if HEAD in placed and HEAD not in now:
+    now[HEAD] = place(by_sorted, HEAD)
+  if now != placed:
     root = math.sqrt if 'rslora' in spec.variants else float
     patterns = {
       'rank_pattern': {n: p.rank for n, p in placed.items()},
       'alpha_pattern': {n: p.scale * root(p.rank) for n, p in placed.items()},
     }
   targets = _to_targets(spec.targets)
-  if target_list(spec.targets) is None and _hits_blocks(spec.targets, flat):
-    targets = sorted(placed)
+  if target_list(spec.targets) is None and _hits_more(spec.targets, flat, rest):
+    targets = sorted(n for n in placed if n in flat)
   return {
     **patterns,
     'base_model_name_or_path': base,
@@ -98,18 +136,25 @@ def to_config(
     'layers_to_transform': list(spec.layers_to_transform) or None,
     'lora_alpha': _plain(spec.alpha),
     'lora_dropout': spec.dropout,
-    'modules_to_save': None,
+    'modules_to_save': sorted(target_list(spec.modules_to_save) or []) or None,
     'peft_type': 'LORA',
     'r': spec.rank,
     'target_modules': targets,
     'task_type': 'CAUSAL_LM',
+    **_to_tokens(spec),
+    **({'ensure_weight_tying': True} if tied else {}),
     'use_dora': 'dora' in spec.variants,
     'use_rslora': 'rslora' in spec.variants,
   }
 
 
-def read_config(path: Path) -> tuple[LoraSpec, str]:
-  """(spec, base_model_name_or_path or '') of PEFT's file or ours.
+def _to_tokens(spec: LoraSpec) -> dict[str, Any]:
+  tokens = {n: sorted(t) for n, t in spec.trainable_token_indices.items()}
+  return {'trainable_token_indices': tokens} if tokens else {}
+
+
+def read_config(path: Path) -> Settings:
+  """PEFT's file or ours.
 
   Raises:
     ModelError: not of a LoRA adapter, or a setting that we don't compute.
@@ -131,6 +176,8 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
   if odd:
     raise ModelError(f'{path}: values of the wrong kind: {few(odd)}')
   layers = raw.get('layers_to_transform')
+  tokens = raw.get('trainable_token_indices') or {}
+  tokens = {'embed_tokens': tokens} if isinstance(tokens, list) else tokens
   try:
     spec = LoraSpec(
       targets=_from_targets(raw.get('target_modules') or ['q_proj', 'v_proj']),
@@ -146,10 +193,16 @@ def read_config(path: Path) -> tuple[LoraSpec, str]:
       layers_to_transform=tuple(
         [layers] if isinstance(layers, int) else layers or ()
       ),
+      modules_to_save=','.join(raw.get('modules_to_save') or ()),
+      trainable_token_indices={n: tuple(t) for n, t in tokens.items()},
     )
   except (ValueError, TypeError) as error:
     raise ModelError(f'{path}: {one_line(error)}') from None
-  return spec, raw.get('base_model_name_or_path') or ''
+  return Settings(
+    spec,
+    raw.get('base_model_name_or_path') or '',
+    bool(raw.get('ensure_weight_tying')),
+  )
 
 
 def settings_on(raw: Mapping[str, Any], off: Mapping[str, Any]) -> list[str]:
@@ -196,10 +249,11 @@ def _from_targets(value: str | list[str]) -> str:
   return f'(?:{value})' if target_list(value) else value
 
 
-def _hits_blocks(regex: str, names: Sequence[str]) -> bool:
-  parts = [name.split('.') for name in names]
+def _hits_more(regex: str, names: Sequence[str], others: Sequence[str]) -> bool:
+  """Whether it matches blocks of modules, or what takes no adapter."""
+  parts = [name.split('.') for name in (*names, *others)]
   blocks = {'.'.join(p[:i]) for p in parts for i in range(1, len(p))}
-  return any(re.fullmatch(regex, block) for block in blocks)
+  return any(re.fullmatch(regex, name) for name in (*blocks, *others))
 
 
 def _plain(number: float) -> int | float:

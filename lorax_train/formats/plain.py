@@ -5,28 +5,21 @@ written so that one rank and a scale of 1 are all that there is to know.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_train.errors import ModelError, one_line
-from lorax_train.formats import hf_save, safetensors
-from lorax_train.formats.peft import CARRIED, PREFIX, WEIGHTS_FILE
+from lorax_train.formats import hf_save, peft_tensors, safetensors
 from lorax_train.formats.peft_config import CONFIG_FILE, read_config, to_config
+from lorax_train.formats.peft_tensors import WEIGHTS_FILE
 from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.formats.whole import whole
-from lorax_train.lora import LoraSpec, Placement, resolve
-
-# A of a linear is (r, in) and B (out, r); of an embedding (r, vocab), (dim, r).
-_FACTOR = re.compile(
-  rf'{re.escape(PREFIX)}(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))'
-)
+from lorax_train.lora import LoraSpec, Placement, adapted, resolve
 
 
 class Plain(NamedTuple):
@@ -65,35 +58,30 @@ def read(directory: Path, config: Mapping[str, Any]) -> Plain:
     ModelError: tensors that are no factors, not whole or not finite, or not
       those that adapter_config.json speaks of.
   """
-  spec, _ = read_config(directory / CONFIG_FILE)
+  spec = read_config(directory / CONFIG_FILE).spec
   where = directory / WEIGHTS_FILE
-  halves: dict[str, dict[str, TensorRef]] = {}
-  embeddings, carried, problems = set(), {}, []
-  for key, ref in safetensors.open_file(where).items():
-    found = _FACTOR.fullmatch(key)
-    floating = jnp.issubdtype(ref.dtype, jnp.floating)
-    if found and len(ref.shape) == 2 and floating:
-      halves.setdefault(found[1], {})[found[2] or found[3]] = ref
-      embeddings |= {found[1]} if found[3] else set()
-    elif key.endswith(CARRIED):
-      carried[key.removeprefix(PREFIX).removesuffix(CARRIED)] = ref
-    else:
-      problems.append(f'{key} is no factor of a module')
+  found = peft_tensors.find(safetensors.open_file(where))
+  problems = [
+    f'{what} is no factor of a module'
+    for what in (*found.unknown, *found.whole, *found.rows)
+  ]
   factors = {}
-  for name, half in halves.items():
-    if len(half) == 2:
-      a, b = (half[side].read().astype(np.float32) for side in 'AB')
+  for name, refs in found.factors.items():
+    if {*refs} == {'A', 'B'}:
+      a, b = (refs[side].read().astype(np.float32) for side in 'AB')
       factors[name] = a, b
       if a.shape[0] != b.shape[1]:
         problems.append(f'{name}: A {a.shape} and B {b.shape} do not fit')
       elif not (np.isfinite(a).all() and np.isfinite(b).all()):
         problems.append(f'{name}: not finite')
+    elif 'm' in refs:
+      problems.append(f'{name}: a magnitude is no factor of a module')
     else:
-      problems.append(f'{name}: lora_{"AB"["A" in half]} is missing')
+      problems.append(f'{name}: lora_{"AB"["A" in refs]} is missing')
   if problems or not factors:
     raise ModelError(f'{where}: {few(problems) or "no adapter in it"}')
   try:
-    placed = resolve(spec, [*factors], strict=False)
+    placed = adapted(resolve(spec, [*factors], strict=False))
   except ValueError as error:
     raise ModelError(f'{where}: {one_line(error)}') from None
   for name, (a, _) in factors.items():
@@ -106,15 +94,17 @@ def read(directory: Path, config: Mapping[str, Any]) -> Plain:
       )
   if problems:
     raise ModelError(f'{where}: {few(problems)}')
-  dtypes = frozenset(str(r.dtype) for h in halves.values() for r in h.values())
+  dtypes = frozenset(
+    str(ref.dtype) for refs in found.factors.values() for ref in refs.values()
+  )
   return Plain(
     directory,
     config,
     spec,
     factors,
-    frozenset(embeddings),
+    frozenset(found.embeddings),
     dtypes,
-    carried,
+    found.carried,
     placed,
   )
 
@@ -136,11 +126,9 @@ def bake(plain: Plain) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
       wide_b[:, : b.shape[1]] = b.astype(np.float64) * plain.placed[name].scale
     if not np.isfinite(wide_b).all():
       over.append(name)
-    ends = ('embedding_A', 'embedding_B')
-    if name not in plain.embeddings:
-      ends = ('A.weight', 'B.weight')
-    for end, factor in zip(ends, (wide_a, wide_b), strict=True):
-      tensors[f'{PREFIX}{name}.lora_{end}'] = factor
+    embedding = name in plain.embeddings
+    for half, factor in (('A', wide_a), ('B', wide_b)):
+      tensors[peft_tensors.factor_key(name, half, embedding)] = factor
   if over:
     raise ModelError(
       f'{plain.directory / WEIGHTS_FILE}: B times its scale is past float32 in'

@@ -11,7 +11,7 @@ from lorax_train.errors import DataError
 from lorax_train.formats import find, hf_config
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.infer.generate import Options, batches, check_prompts
-from lorax_train.infer.load import load_params
+from lorax_train.infer.load import load_model
 from lorax_train.models.mistral import Decoder
 
 
@@ -49,10 +49,10 @@ def complete(
   )
   check_prompts(prompts, cfg.vocab, options, longest)
   stops = stop_ids(directory, tokenizer)
-  _, params = load_params(directory, None, adapter, dtype)
+  loaded = load_model(directory, None, adapter, dtype)
   done = 0
   for rows, seconds in batches(
-    Decoder(cfg, dtype), params, prompts, options, stops
+    Decoder(loaded.cfg, dtype), loaded.params, prompts, options, stops
   ):
     speed = sum(map(len, rows)) / seconds
     for ids in rows:

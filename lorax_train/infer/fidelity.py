@@ -18,9 +18,8 @@ import numpy as np
 from lorax_train.errors import DataError, ModelError
 from lorax_train.formats import find, hf_config, hf_save, safetensors
 from lorax_train.infer.inspection import aligned
-from lorax_train.infer.load import Apply, load_params
+from lorax_train.infer.load import Model, load_model, load_params
 from lorax_train.infer.score import batches, check_ids, read_tokens
-from lorax_train.lora import LoraWeight
 
 # Rows where none are given: ids drawn evenly over the vocabulary.
 ROWS, LENGTH, SEED = 8, 64, 0
@@ -65,7 +64,9 @@ def merge(
     batch_size: rows computed at once.
 
   Returns:
-    {'out', 'parameters', 'report'}; the last is `compare`'s, or None.
+    {'out', 'parameters', 'untied', 'report'}: `untied` where the head had to
+    be parted from the embedding, which the base ties; the last is `compare`'s,
+    or None.
 
   Raises:
     UserError: what is wrong with the model, the adapter, `tokens` or `out`.
@@ -81,18 +82,18 @@ def merge(
     if report and not np.any(arrays.get('mask', True)):
       raise DataError(f'--tokens {tokens}: mask leaves no position to compare')
   exact = hf_save.exact_dtype(source, dtype)
-  apply, params = load_params(source, None, adapter, jnp.float32, exact)
-  count = hf_save.save_params(out, source, params, dtype)
+  loaded = load_model(source, None, adapter, jnp.float32, exact)
+  count = hf_save.save_params(out, source, loaded.params, dtype)
   cost = None
   if report:
-    cost = compare(apply, params, Path(out), arrays, batch_size)
+    cost = compare(loaded, Path(out), arrays, batch_size)
     cost = {'tokens': tokens or f'random, seed {SEED}', **cost}
-  return {'out': out, 'parameters': count, 'report': cost}
+  parted = hf_config.read_config(source).tied and not loaded.cfg.tied
+  return {'out': out, 'parameters': count, 'untied': parted, 'report': cost}
 
 
 def compare(
-  apply: Apply,
-  adapted: Any,
+  model: Model,
   merged: Path,
   arrays: Mapping[str, np.ndarray],
   batch_size: int = 8,
@@ -103,8 +104,7 @@ def compare(
   logits of one batch.
 
   Args:
-    apply: (params, ids, mask_BS) -> logits, computing in float32.
-    adapted: the base's parameters with the adapter bound to them.
+    model: the base under the adapter, computing in float32.
     merged: the directory that `hf_save.save_params` wrote of them.
     arrays: `ids` [B, T] and where wanted `mask` [B, T].
     batch_size: rows computed at once.
@@ -117,8 +117,10 @@ def compare(
   """
   dtype = hf_save.exact_dtype(merged)
   _, params = load_params(merged, None, None, jnp.float32, dtype)
-  models = (adapted, params, _base(adapted))
-  run = jax.jit(lambda params, ids, mask: apply(params, ids, mask_BS=mask))
+  models = (model.params, params, model.base)
+  run = jax.jit(
+    lambda params, ids, mask: model.apply(params, ids, mask_BS=mask)
+  )
   found = []
   # In true float32 on any device, where the default may be less.
   with jax.default_matmul_precision('highest'):
@@ -152,6 +154,11 @@ def compare(
 def text(done: Report) -> str:
   """What `merge` gives back, in words."""
   written = f'{done["parameters"]:,} parameters: {done["out"]}'
+  if done['untied']:
+    written += (
+      '\nuntied: the adapter changes one of embedding and head, which the base'
+      ' ties; lm_head.weight is written too, and tie_word_embeddings is false'
+    )
   report = done['report']
   if report is None:
     return written
@@ -174,14 +181,6 @@ def text(done: Report) -> str:
       'argmax': f'agrees at {report["argmax_agreement"]:.2%} of positions',
       'advice': report['advice'],
     }
-  )
-
-
-def _base(adapted: Any) -> Any:
-  """The parameters without their adapter."""
-  is_adapted = lambda w: isinstance(w, LoraWeight)  # noqa: E731
-  return jax.tree.map(
-    lambda w: w.w if is_adapted(w) else w, adapted, is_leaf=is_adapted
   )
 
 

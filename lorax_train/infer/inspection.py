@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from lorax_train import lora
 from lorax_train.errors import ModelError
-from lorax_train.formats import hf_config, peft, safetensors
+from lorax_train.formats import hf_config, peft, peft_tensors, safetensors
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.infer import spectrum
@@ -122,10 +123,10 @@ def adapter_facts(directory: Path) -> Facts:
     ModelError: see `peft.load_adapter`, or factors and settings that don't
       belong to each other.
   """
-  loaded = peft.load_adapter(directory)
-  refs = safetensors.open_file(directory / peft.WEIGHTS_FILE)
+  loaded = peft.on_tied(peft.load_adapter(directory))
+  refs = safetensors.open_file(directory / peft_tensors.WEIGHTS_FILE)
   names = sorted(loaded.factors, key=_natural)
-  placed = peft.placement(loaded, {'': tuple(names)})
+  placed = lora.adapted(peft.placement(loaded, {'': tuple(names)}))
   stray = [name for name in names if name not in placed]
   if stray:
     raise ModelError(
@@ -150,14 +151,24 @@ def adapter_facts(directory: Path) -> Facts:
         'singular_values': values.tolist(),
       }
     )
-  factors = {k: ref for k, ref in refs.items() if '.lora_' in k}
+  # Not what PEFT writes twice, of a base that is tied, nor the base's own.
+  twice = loaded.tied and peft_tensors.HEAD not in names
+  own = {
+    key: ref
+    for key, ref in refs.items()
+    if not key.endswith(peft_tensors.CARRIED)
+    and not (twice and f'.{peft_tensors.HEAD}.' in key)
+  }
   spec = loaded.spec
   return {
     'kind': 'adapter',
     'path': str(directory),
     'base': loaded.base,
     'spec': dataclasses.asdict(spec),
-    **_sizes(factors),
+    **_sizes(own),
+    'trained': {
+      name: list(x.shape) for name, x in sorted(loaded.trained.items())
+    },
     'carried': sorted(loaded.carried),
     'fingerprint': safetensors.fingerprint(refs),
     'kinds': _medians(modules),
@@ -184,9 +195,13 @@ def adapter_text(facts: Facts) -> str:
     ('rank_pattern', 'ranks'),
     ('alpha_pattern', 'alphas'),
     ('layers_to_transform', 'layers'),
+    ('modules_to_save', 'whole'),
+    ('trainable_token_indices', 'rows of'),
   ):
     value = spec[key]
-    if isinstance(value, dict):
+    if key == 'trainable_token_indices':
+      value = ', '.join(f'{k}: {few([*map(str, v)])}' for k, v in value.items())
+    elif isinstance(value, dict):
       value = ', '.join(f'{k}={v:g}' for k, v in value.items())
     if value:
       lines[label] = str(value)
@@ -268,7 +283,8 @@ def _medians(modules: Sequence[Facts]) -> list[Facts]:
 
 def _tensor(refs: Mapping[str, TensorRef], name: str, half: str) -> str:
   """'float32[4, 64]': as stored."""
-  ref = refs[f'{peft.PREFIX}{name}.lora_{half}.weight']
+  keys = [peft_tensors.factor_key(name, half, e) for e in (False, True)]
+  ref = next(refs[key] for key in keys if key in refs)
   return f'{ref.dtype}{list(ref.shape)}'
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from lorax_train import lora, parallel
 from lorax_train.data import tokenize
 from lorax_train.formats import find, hf, hf_config, peft
-from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
+from lorax_train.models.params import DecoderConfig
 
 Apply = Callable[..., jax.Array]
 
@@ -43,8 +43,51 @@ def load(
     ModelError: what is wrong with the files.
   """
   directory = find.find_model(path)
-  apply, params = load_params(directory, mesh, adapter, dtype, param_dtype)
-  return apply, params, tokenize.load_tokenizer(directory)
+  model = load_model(directory, mesh, adapter, dtype, param_dtype)
+  return model.apply, model.params, tokenize.load_tokenizer(directory)
+
+
+class Model(NamedTuple):
+  """A model under an adapter.
+
+  Attributes:
+    cfg: of the model as the adapter sees it: a head that the files tie to the
+      embedding may be a leaf of its own.
+    apply: see `load`.
+    params: the weights under the adapter.
+    base: the weights without it.
+  """
+
+  cfg: DecoderConfig
+  apply: Apply
+  params: Any
+  base: Any
+
+
+def load_model(
+  directory: Path,
+  mesh: jax.sharding.Mesh | None = None,
+  adapter: str | None = None,
+  dtype: Any = jnp.float32,
+  param_dtype: Any = None,
+) -> Model:
+  """`load` for a directory that may be without a tokenizer."""
+  cfg = hf_config.read_config(directory)
+  mesh = mesh or parallel.make_mesh(devices=jax.devices()[:1])
+  param_dtype = param_dtype or dtype
+  if adapter is None:
+    params = base = hf.load_params(directory, cfg, param_dtype, mesh)
+  else:
+    loaded = peft.load_adapter(adapter)
+    cfg, loaded, placed = peft.on_model(loaded, cfg)
+    base = hf.load_params(directory, cfg, param_dtype, mesh)
+    params = lora.bind(*peft.attach(loaded, placed, cfg, base))
+  model: Any = Decoder(cfg, dtype)
+
+  def apply(params, ids_BT, positions_BT=None, mask_BS=None):
+    return model.apply({'params': params}, ids_BT, positions_BT, mask_BS)
+
+  return Model(cfg, apply, params, base)
 
 
 def load_params(
@@ -54,20 +97,6 @@ def load_params(
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
 ) -> tuple[Apply, Any]:
-  """`load` for a directory that may be without a tokenizer."""
-  cfg = hf_config.read_config(directory)
-  mesh = mesh or parallel.make_mesh(devices=jax.devices()[:1])
-  loaded = None if adapter is None else peft.load_adapter(adapter)
-  params = hf.load_params(directory, cfg, param_dtype or dtype, mesh)
-  if loaded is not None:
-    names = params_lib.module_names(cfg)
-    placed = peft.placement(loaded, names)
-    frozen, trainable = lora.split(jax.random.key(0), params, placed, names)
-    trainable = peft.fill(loaded, frozen, trainable, names)
-    params = lora.bind(frozen, trainable)
-  model: Any = Decoder(cfg, dtype)
-
-  def apply(params, ids_BT, positions_BT=None, mask_BS=None):
-    return model.apply({'params': params}, ids_BT, positions_BT, mask_BS)
-
-  return apply, params
+  """(apply, params) of `load_model`."""
+  model = load_model(directory, mesh, adapter, dtype, param_dtype)
+  return model.apply, model.params

@@ -8,19 +8,23 @@ merged = lora.merge(frozen, trainable)
 """
 
 from lorax_train.lora import algebra, mixing
-from lorax_train.lora.layout import layout
-from lorax_train.lora.spec import LoraSpec, Placement, resolve
-from lorax_train.lora.split import (
+from lorax_train.lora.halves import (
   bind,
   count,
   fixed_factors,
+  is_trained,
   merge,
   path_of,
-  split,
+  spec_of,
   with_fixed_factors,
 )
+from lorax_train.lora.layout import layout
+from lorax_train.lora.matching import adapted, resolve
+from lorax_train.lora.spec import LoraSpec, Placement, Whole
+from lorax_train.lora.split import split
 from lorax_train.lora.transform import LowRankError, transform
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
+from lorax_train.lora.whole import Original, TunedTable
 
 __all__ = [
   'Adapter',
@@ -28,16 +32,22 @@ __all__ = [
   'LoraSpec',
   'LoraWeight',
   'LowRankError',
+  'Original',
   'Placement',
+  'TunedTable',
+  'Whole',
+  'adapted',
   'algebra',
   'bind',
   'count',
   'fixed_factors',
+  'is_trained',
   'layout',
   'merge',
   'mixing',
   'path_of',
   'resolve',
+  'spec_of',
   'split',
   'transform',
   'with_fixed_factors',

@@ -3,7 +3,8 @@
 A letter an axis: `s` stack (each index has an adapter of its own: the layers of
 a scan, the experts of a mixture), `i` contracted with the input (in), `o` kept
 (out). A dense kernel is 'io', that of a layer scan 'sio'; an einsum's [D, N, H]
-is 'ioo', its [N, H, D] 'iio'; a convolution's HWIO 'iiio'.
+is 'ioo', its [N, H, D] 'iio'; a convolution's HWIO 'iiio'. In a layout `v` is
+an `i` whose entries are looked up: an embedding [V, D] is 'vo'.
 
 Factors have the stack in front, then the rank, then their own axes in the
 order of the leaf: A [*stack, R, *in], B [*stack, R, *out].
@@ -54,17 +55,17 @@ def from_matrices(m: jax.Array, shape: tuple[int, ...], axes: str) -> jax.Array:
   return jnp.transpose(turned, [order.index(i) for i in range(len(order))])
 
 
-def flatten(factor: jax.Array, n_stack: int) -> jax.Array:
-  """[*stack, R, *in or *out] as [*stack, R, in or out]."""
-  kept, flat = factor.shape[: n_stack + 1], factor.shape[n_stack + 1 :]
-  return factor.reshape(*kept, math.prod(flat))
+def flatten(x: jax.Array, n_kept: int) -> jax.Array:
+  """[*stack, R, *in or *out] as [*stack, R, in or out], kept up to R."""
+  kept, flat = x.shape[:n_kept], x.shape[n_kept:]
+  return x.reshape(*kept, math.prod(flat))
 
 
 def unflatten(
-  factor: jax.Array, shape: tuple[int, ...], axes: str, kind: str
+  x: jax.Array, shape: tuple[int, ...], axes: str, kind: str
 ) -> jax.Array:
   """What `flatten` was given: the axes of a kind, of a leaf of this shape."""
-  return factor.reshape(*factor.shape[:-1], *sizes(shape, axes, kind))
+  return x.reshape(*x.shape[:-1], *sizes(shape, axes, kind))
 
 
 def _order(axes: str) -> list[int]:

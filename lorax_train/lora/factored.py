@@ -6,7 +6,8 @@ the sum W + scale * A^T B is never formed.
 
 Axis letters: R rank. Each dimension of W is a stack, an in or an out axis
 ('s', 'i', 'o'), and is an axis of the factors too: A is [*stack, R, *in],
-B [*stack, R, *out] and scale [*stack], each in the order W has them.
+B [*stack, R, *out], scale [*stack] and gain [*stack, *out], each in the order
+W has them.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = Any
-_ARRAYS = ('w', 'a', 'b', 'scale', 'rate', 'key')
+_ARRAYS = ('w', 'a', 'b', 'scale', 'gain', 'rate', 'key')
 # The letter of the rank axis; those of W's dimensions are lower-case.
 RANK = '*'
 
@@ -32,19 +33,23 @@ class NoRule(Exception):
 @partial(
   jax.tree_util.register_dataclass,
   data_fields=list(_ARRAYS),
-  meta_fields=['axes', 'path', 'dtype'],
+  meta_fields=['n_dropped', 'axes', 'path', 'dtype'],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factored:
-  """W + scale * A^T B, unformed.
+  """gain * (W + scale * A^T B), unformed.
 
   Attributes:
     w: any shape.
     a: [*stack, R, *in] float32.
     b: [*stack, R, *out] float32.
     scale: [*stack] float32.
+    gain: [*stack, *out] float32, what DoRA brings the sum's columns to their
+      lengths with; None without it.
     rate: [*stack] dropout rate; None without dropout.
     key: [*stack] typed PRNG keys; None without dropout.
+    n_dropped: how many rows of the rank see dropout, where it is on; those
+      after them are a frozen pair, which is part of the base.
     axes: the kind of each dimension of w, as in `Fixed.axes`.
     path: of the parameter, for messages.
     dtype: what w counts as. A cast waits until w is used: a scan would save
@@ -55,8 +60,10 @@ class Factored:
   a: Array
   b: Array
   scale: Array
+  gain: Array | None
   rate: Array | None
   key: Array | None
+  n_dropped: int
   axes: str
   path: str
   dtype: Any
@@ -82,6 +89,11 @@ class Factored:
     """Letters of B's axes."""
     return self.letters('s') + RANK + self.letters('o')
 
+  @property
+  def gain_letters(self) -> str:
+    """Letters of the gain's axes."""
+    return self.letters('s') + self.letters('o')
+
   def total(self) -> Array:
     """The sum, formed: what everything else here avoids."""
     wide = jnp.promote_types(self.w.dtype, jnp.float32)
@@ -91,7 +103,11 @@ class Factored:
       delta = contract(
         a, self.a_letters, self.b.astype(wide), self.b_letters, self.w_letters
       )
-    return (self.w.astype(wide) + delta).astype(self.w.dtype).astype(self.dtype)
+    total = self.w.astype(wide) + delta
+    if self.gain is not None:
+      gain = aligned(self.gain, self.gain_letters, self.w_letters)
+      total = gain.astype(wide) * total
+    return total.astype(self.w.dtype).astype(self.dtype)
 
 
 def contract(
@@ -130,12 +146,12 @@ def arranged(x: Array, letters: str, wanted: str) -> Array:
   return jnp.transpose(x, [letters.index(c) for c in wanted])
 
 
-def aligned(scale: Array, letters: str, wanted: str) -> Array:
+def aligned(x: Array, letters: str, wanted: str) -> Array:
   """x with its axes where `wanted` has them, and size 1 elsewhere."""
   order = [c for c in wanted if c in letters]
-  sizes = dict(zip(letters, scale.shape, strict=True))
-  scale = arranged(scale, letters, ''.join(order))
-  return scale.reshape([sizes.get(c, 1) for c in wanted])
+  sizes = dict(zip(letters, x.shape, strict=True))
+  x = arranged(x, letters, ''.join(order))
+  return x.reshape([sizes.get(c, 1) for c in wanted])
 
 
 def on_axes(
@@ -144,11 +160,11 @@ def on_axes(
   """`change(array, axis)` of each factor that has dimension `dim` of W."""
   kind = value.axes[dim]
   axis = value.axes[:dim].count(kind)
-  past_rank = value.axes.count('s') + 1 + axis
+  past_stack = value.axes.count('s') + axis
   where = {
     's': dict.fromkeys(_ARRAYS[1:], axis),
-    'i': {'a': past_rank},
-    'o': {'b': past_rank},
+    'i': {'a': past_stack + 1},
+    'o': {'b': past_stack + 1, 'gain': past_stack},
   }[kind]
   return {
     name: change(getattr(value, name), at)
@@ -201,17 +217,19 @@ def transposed(value: Factored, order: Sequence[int]) -> Factored:
 
   stack, n = ranked('s'), value.axes.count('s')
 
-  def moved(x, own):
-    perm = [*stack, *([] if own is None else [n, *(n + 1 + d for d in own)])]
+  def moved(x, own=(), rank=()):
+    after = n + len(rank)
+    perm = [*stack, *rank, *(after + d for d in own)]
     return x if x is None or perm == sorted(perm) else jnp.transpose(x, perm)
 
   return dataclasses.replace(
     value,
-    a=moved(value.a, ranked('i')),
-    b=moved(value.b, ranked('o')),
-    scale=moved(value.scale, None),
-    rate=moved(value.rate, None),
-    key=moved(value.key, None),
+    a=moved(value.a, ranked('i'), [n]),
+    b=moved(value.b, ranked('o'), [n]),
+    scale=moved(value.scale),
+    gain=moved(value.gain, ranked('o')),
+    rate=moved(value.rate),
+    key=moved(value.key),
     axes=axes,
   )
 
@@ -248,6 +266,7 @@ def reshaped(value: Factored, sizes: Sequence[int]) -> Factored:
     a=shaped(value.a, rank, *by_kind['i']),
     b=shaped(value.b, rank, *by_kind['o']),
     scale=shaped(value.scale),
+    gain=shaped(value.gain, *by_kind['o']),
     rate=shaped(value.rate),
     key=shaped(value.key),
     axes=axes,

@@ -29,7 +29,11 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 def begin(
-  key: jax.Array, w: Any, axes: str, places: Sequence['Placement | None']
+  key: jax.Array,
+  w: Any,
+  axes: str,
+  places: Sequence['Placement | None'],
+  look_up: bool = False,
 ) -> tuple[Fixed, Adapter]:
   """Both halves of a leaf before the first step.
 
@@ -38,22 +42,27 @@ def begin(
     w: the leaf.
     axes: of it, see `axes`.
     places: the adapter of each stack index, row-major; at least one is there.
+    look_up: whether it is an embedding, see `Fixed.look_up`. Then A begins
+      with zeros and B is random (PEFT's), and nothing is dropped.
 
   Raises:
     ValueError: a rank or a leaf that this way of beginning can't have.
   """
   some = next(p for p in places if p)
+  if look_up:
+    _check_look_up(some)
   stack = axes_lib.sizes(w.shape, axes, 's')
 
   def per_index(values: Sequence[float]) -> jax.Array:
     return jnp.asarray(np.array(values, np.float32).reshape(stack))
 
   scale = per_index([p.scale if p else 0.0 for p in places])
-  drops = [p.dropout if p else 0.0 for p in places]
+  drops = [p.dropout if p and not look_up else 0.0 for p in places]
   rate = per_index(drops) if any(drops) else None
   ranks = tuple(p.rank if p else 0 for p in places)
-  a, b = _factors(some.init, key, w, axes, places)
-  fixed = Fixed(w, scale, rate, ranks, axes)
+  kind = 'look-up' if look_up else some.init
+  a, b = _factors(kind, key, w, axes, places)
+  fixed = Fixed(w, scale, rate, ranks, axes, look_up=look_up)
   adapter = Adapter(
     axes_lib.unflatten(a, w.shape, axes, 'i'),
     axes_lib.unflatten(b, w.shape, axes, 'o'),
@@ -61,15 +70,26 @@ def begin(
   if some.init in FROM_BASE:
     fixed = dataclasses.replace(fixed, a0=adapter.a, b0=adapter.b)
   if some.dora:
-    if not axes_lib.is_matrix(axes):
-      raise ValueError(f'DoRA of axes {axes}: it is for [*stack, in, out]')
-    norm2 = column_norms2(w)
+    norm2 = column_norms2(axes_lib.to_matrices(w, axes))
+    norm2 = axes_lib.unflatten(norm2, w.shape, axes, 'o')
     fixed = dataclasses.replace(fixed, norm2=norm2)
     adapter = dataclasses.replace(adapter, m=jnp.sqrt(norm2))
   if not some.train_a:
     fixed = dataclasses.replace(fixed, a=adapter.a)
     adapter = dataclasses.replace(adapter, a=None)
   return fixed, adapter
+
+
+def _check_look_up(place: 'Placement') -> None:
+  if place.init not in ('default', 'gaussian'):
+    raise ValueError(
+      f'init {place.init} is not for an embedding, whose A begins with zeros:'
+      ' adapt it with init default, or leave it out'
+    )
+  if not place.train_a:
+    raise ValueError(
+      'lora_fa freezes A, which in an embedding begins with zeros: leave it out'
+    )
 
 
 def column_norms2(w: Any) -> jax.Array:
@@ -95,13 +115,16 @@ def _factors(
   n_in, n_out = math.prod(inner), math.prod(outer)
   r = max(p.rank for p in places if p)
   shape_a, shape_b = (*stack, r, n_in), (*stack, r, n_out)
-  if kind in ('default', 'gaussian'):
+  if kind in ('default', 'gaussian', 'look-up'):
+    live = (
+      np.arange(r) < np.array([p.rank if p else 0 for p in places])[:, None]
+    )
+    live = live.reshape(*stack, r, 1)
+    if kind == 'look-up':
+      b = jax.random.normal(key, shape_b, jnp.float32)
+      return jnp.zeros(shape_a, jnp.float32), _live(b, live)
     a = {'default': default, 'gaussian': gaussian}[kind](key, shape_a)
-    ranks = [p.rank if p else 0 for p in places]
-    if min(ranks) < r:
-      live = np.arange(r) < np.array(ranks).reshape(*stack, 1)
-      a = jnp.where(live[..., None], a, 0.0)
-    return a, jnp.zeros(shape_b, jnp.float32)
+    return _live(a, live), jnp.zeros(shape_b, jnp.float32)
   matrices = None
   if kind in FROM_BASE:
     matrices = axes_lib.to_matrices(w, axes).reshape(-1, n_in, n_out)
@@ -117,6 +140,11 @@ def _factors(
       half.append(jnp.pad(x, ((0, r - len(x)), (0, 0))))
   a, b = map(jnp.stack, halves)
   return a.reshape(shape_a), b.reshape(shape_b)
+
+
+def _live(factor: jax.Array, live: np.ndarray) -> jax.Array:
+  """The factor with zeros past each index's own rank."""
+  return factor if live.all() else jnp.where(live, factor, 0.0)
 
 
 def default(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

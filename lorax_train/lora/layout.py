@@ -19,7 +19,7 @@ from lorax_train.lora.equation import (
   scan_counts,
   trace,
 )
-from lorax_train.lora.split import path_of
+from lorax_train.lora.halves import path_of
 from lorax_train.lora.tracks import USES, VIEWS, View
 
 Params = Any
@@ -53,9 +53,10 @@ def layout(
     **kwargs: likewise.
 
   Returns:
-    {path: letters}, one letter an axis: `i` contracted (in), `o` kept (out),
-    `s` stack (layers of a scan, experts, batches of weights). Leaves that are
-    only added or multiplied elementwise are not in it: they take no adapter.
+    {path: letters}, one letter an axis: `i` contracted (in), `v` looked up (in,
+    of an embedding), `o` kept (out), `s` stack (layers of a scan, experts,
+    batches of weights). Leaves that are only added or multiplied elementwise
+    are not in it: they take no adapter.
 
   Raises:
     ValueError: a leaf is used in two ways that no one layout fits.
@@ -101,7 +102,7 @@ def _agreed(path: str, uses: Sequence[_Use]) -> str:
         f'{path} is used in two ways that no one layout fits: {first.letters}'
         f' by {first.what}, and {use.letters} by {use.what}'
       )
-  return first.letters
+  return first.letters.replace('i', 'v') if first.look_up else first.letters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_train.lora.algebra import (
+from lorax_train.lora.updates import (
   Term,
   Update,
   check_rank,

@@ -1,15 +1,9 @@
-"""What to adapt and how strongly: LoraSpec, and PEFT's rules to resolve it.
-
-Names are module names as Hugging Face writes them, such as
-`model.layers.3.self_attn.q_proj`. The matching rules are those of PEFT 0.21
-(`check_target_module_exists`, `get_pattern_key`), which the golden table
-tests/golden/peft_matching.json holds us to.
-"""
+"""What to adapt and how strongly: LoraSpec, and what it comes to for a module."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from lorax_train.lora.init import FROM_BASE, INITS
@@ -20,8 +14,6 @@ VARIANTS = ('lora', 'rslora', 'dora', 'lora_fa')
 
 # A list of names has only these characters; anything else is a regex.
 _NAME_LIST = re.compile(r'[\w.]+(\s*,\s*[\w.]+)*\s*,?')
-# Where PEFT reads a module's layer: `.<name>.<digits>.`
-_LAYER_INDEX = re.compile(r'.*?\.[^.]*\.(\d+)\.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +38,11 @@ class LoraSpec:
     alpha_pattern: {regex: alpha}, likewise.
     layers_to_transform: layer indices to adapt, () for all. For targets given
       as names: with a regex or 'all-linear' PEFT refuses it, and so do we.
+    modules_to_save: names separated by commas of modules that are trained
+      whole, without an adapter: all whose path ends so ('norm' takes
+      input_layernorm as well). Wins over targets.
+    trainable_token_indices: {name of an embedding: tokens whose rows of it are
+      trained}, the rest of it frozen.
   """
 
   targets: str = 'q_proj,v_proj'
@@ -58,6 +55,10 @@ class LoraSpec:
   rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
   alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
   layers_to_transform: tuple[int, ...] = ()
+  modules_to_save: str = ''
+  trainable_token_indices: Mapping[str, tuple[int, ...]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __post_init__(self):
     problems = []
@@ -88,6 +89,17 @@ class LoraSpec:
         'layers_to_transform needs targets given as names: put the layers into'
         ' the regex, or list the names'
       )
+    if self.modules_to_save and not target_list(self.modules_to_save):
+      problems.append(
+        f'modules_to_save {self.modules_to_save!r} is no list of names'
+      )
+    for name, tokens in self.trainable_token_indices.items():
+      wrong = [t for t in tokens if type(t) is not int or t < 0]
+      if wrong or not tokens or len(set(tokens)) < len(tokens):
+        problems.append(
+          f'trainable_token_indices of {name}: {tokens} is no list of different'
+          ' token ids'
+        )
     for text in (self.targets, self.exclude, *self.rank_pattern,
                  *self.alpha_pattern):  # fmt: skip
       try:
@@ -101,6 +113,16 @@ class LoraSpec:
   def variants(self) -> set[str]:
     """What `variant` is made of."""
     return {part.strip() for part in self.variant.split('+')}
+
+
+class Whole(NamedTuple):
+  """One module is trained itself, without an adapter.
+
+  Attributes:
+    rows: which rows of it, in ascending order; None for all of it.
+  """
+
+  rows: tuple[int, ...] | None = None
 
 
 class Placement(NamedTuple):
@@ -131,122 +153,3 @@ def target_list(text: str) -> list[str] | None:
   if not _NAME_LIST.fullmatch(text):
     return None
   return [name.strip() for name in text.split(',') if name.strip()]
-
-
-def resolve(
-  spec: LoraSpec, names: Sequence[str], strict: bool = True
-) -> dict[str, Placement]:
-  """The adapter of each module that gets one, in the order of `names`.
-
-  Args:
-    spec: what to adapt.
-    names: every module that could take an adapter.
-    strict: refuse what has no effect. False for adapters made elsewhere:
-      PEFT lets it pass, as long as something matches.
-
-  Returns:
-    {name: Placement}; never empty.
-
-  Raises:
-    ValueError: lists, at once, every target, exclusion and pattern that
-      matches nothing, and the names there are.
-
-  >>> names = ['layers.0.q_proj', 'layers.0.v_proj', 'lm_head']
-  >>> resolve(LoraSpec('q_proj', rank=4, alpha=8), names)['layers.0.q_proj']
-  Placement(rank=4, scale=2.0, dropout=0.0, init='default', dora=False, train_a=True)
-  """
-  chosen = [
-    n
-    for n in names
-    if _targeted(spec, n)
-    and not _listed(spec.exclude, n)
-    and _in_layers(spec, n)
-  ]
-  unmatched = _unmatched(spec, names, chosen) if strict else []
-  if unmatched or not chosen:
-    what = ', '.join(unmatched) or f'targets {spec.targets!r} less exclusions'
-    raise ValueError(f'{what} matched no module; there are: {_kinds(names)}')
-  return {n: _placement(spec, n) for n in chosen}
-
-
-def _targeted(spec: LoraSpec, name: str) -> bool:
-  if spec.targets.strip() == ALL_LINEAR:
-    return name.rpartition('.')[2] != 'lm_head'
-  return _listed(spec.targets, name)
-
-
-def _listed(text: str, name: str) -> bool:
-  """PEFT's rule: a list matches whole names or ends, a regex all of it."""
-  wanted = target_list(text)
-  if wanted is None:
-    return re.fullmatch(text, name) is not None
-  return any(name == w or name.endswith('.' + w) for w in wanted)
-
-
-def _in_layers(spec: LoraSpec, name: str) -> bool:
-  # PEFT doesn't ask for the layer of a module that is named in full.
-  if not spec.layers_to_transform or name in (target_list(spec.targets) or ()):
-    return True
-  return _layer(name) in spec.layers_to_transform
-
-
-def _layer(name: str) -> int | None:
-  found = _LAYER_INDEX.match(name)
-  return int(found[1]) if found else None
-
-
-def _first(pattern: Mapping[str, float], name: str) -> str | None:
-  """The first key whose regex ends the name at a dot, as PEFT has it."""
-  for key in pattern:
-    if re.match(rf'(.*\.)?({key})$', name):
-      return key
-  return None
-
-
-def _placement(spec: LoraSpec, name: str) -> Placement:
-  rank_key = _first(spec.rank_pattern, name)
-  alpha_key = _first(spec.alpha_pattern, name)
-  rank = spec.rank if rank_key is None else spec.rank_pattern[rank_key]
-  alpha = spec.alpha if alpha_key is None else spec.alpha_pattern[alpha_key]
-  root = math.sqrt(rank) if 'rslora' in spec.variants else rank
-  return Placement(
-    rank,
-    alpha / root,
-    spec.dropout,
-    spec.init,
-    'dora' in spec.variants,
-    'lora_fa' not in spec.variants,
-  )
-
-
-def _unmatched(
-  spec: LoraSpec, names: Sequence[str], chosen: Sequence[str]
-) -> list[str]:
-  """Everything in the spec that has no effect."""
-  lost = []
-  if spec.targets.strip() != ALL_LINEAR:
-    for one in target_list(spec.targets) or [spec.targets]:
-      if not any(_listed(one, n) for n in names):
-        lost.append(f'target {one!r}')
-  if spec.exclude.strip():
-    for one in target_list(spec.exclude) or [spec.exclude]:
-      if not any(_listed(one, n) for n in names):
-        lost.append(f'exclude {one!r}')
-  layers = {_layer(n) for n in names if _targeted(spec, n)}
-  lost += [
-    f'layer {i} of layers_to_transform'
-    for i in spec.layers_to_transform
-    if i not in layers
-  ]
-  if lost:
-    return lost
-  for field in ('rank_pattern', 'alpha_pattern'):
-    for key in getattr(spec, field):
-      if not any(_first({key: 0}, n) for n in chosen):
-        lost.append(f'{field} {key!r}')
-  return lost
-
-
-def _kinds(names: Sequence[str]) -> str:
-  """The names a user would type: the last parts, in order, each once."""
-  return ', '.join(dict.fromkeys(n.rpartition('.')[2] for n in names))

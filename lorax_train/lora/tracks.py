@@ -55,8 +55,7 @@ def _of_dot(eqn: Any, side: int, value: View) -> str | None:
 
 
 def _of_conv(eqn: Any, side: int, value: View) -> str | None:
-  groups_of = ('feature_group_count', 'batch_group_count')
-  if side != 1 or any(eqn.params[name] != 1 for name in groups_of):
+  if side != 1 or eqn.params['batch_group_count'] != 1:
     return None
   kept = eqn.params['dimension_numbers'].rhs_spec[0]
   return ''.join('o' if d == kept else 'i' for d in range(len(value.dims)))

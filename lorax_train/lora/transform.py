@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from lorax_train.lora import axes as axes_lib
+from lorax_train.lora import weight
 from lorax_train.lora.equation import is_array, trace
 from lorax_train.lora.factored import Factored
-from lorax_train.lora.split import is_half, key_at, path_of
+from lorax_train.lora.halves import is_half, key_at, leaf_of, path_of
 from lorax_train.lora.walk import LowRankError, Walk
 from lorax_train.lora.weight import Adapter, Fixed
 
@@ -35,7 +38,8 @@ def transform(
 
   It traces `fn` at each call: wrap the result in `jax.jit`. As under jit,
   arrays among the arguments cannot steer Python; everything else can. A plain
-  array in `trainable` where `frozen` has None takes the leaf's place.
+  array in `trainable` where `frozen` has None takes the leaf's place. DoRA's
+  norm is a constant to the gradient, as in `bind`.
 
   Args:
     fn: (params, *args, **kwargs) -> anything of arrays.
@@ -85,17 +89,13 @@ def transform(
 def _joined(frozen: Params, trainable: Params, key: jax.Array | None) -> Params:
   """Parameters with a Factored where there is an adapter."""
 
-  def join(path, fixed, own):
-    path = path_of(path)
+  def join(at, fixed, own):
+    path = path_of(at)
     if isinstance(fixed, Fixed) and isinstance(own, Adapter):
       return _factored(path, fixed, own, key)
     if isinstance(own, Adapter):
       raise ValueError(f'{path}: an adapter but no frozen half')
-    if own is None:
-      return fixed.w if isinstance(fixed, Fixed) else fixed
-    if fixed is not None:
-      raise ValueError(f'{path} is in both halves, and is no adapter')
-    return own
+    return leaf_of(at, fixed, own)
 
   return jax.tree_util.tree_map_with_path(
     join, frozen, trainable, is_leaf=is_half
@@ -107,17 +107,13 @@ def _factored(
 ) -> Factored:
   if not is_array(fixed.w):
     raise ValueError(f'{path}: transform wants plain arrays, not {fixed.w}')
-  if adapter.m is not None:
-    raise ValueError(f'{path}: transform has no DoRA; bind has')
-  a, b = fixed.a_of(adapter), adapter.b
-  a0, b0 = fixed.a0, fixed.b0
-  if a0 is not None and b0 is not None:
-    a = jnp.concatenate([a, a0], fixed.scale.ndim)
-    b = jnp.concatenate([b, -b0], fixed.scale.ndim)
+  a, b, n_stack = fixed.a_of(adapter), adapter.b, fixed.scale.ndim
+  n_trained = a.shape[n_stack]
+  if fixed.a0 is not None and fixed.b0 is not None:
+    a = jnp.concatenate([a, fixed.a0], n_stack)
+    b = jnp.concatenate([b, -fixed.b0], n_stack)
   keys = None
   if key is not None and fixed.rate is not None:
-    if a0 is not None:
-      raise ValueError(f'{path}: dropout beside a frozen pair; bind has it')
     keys, stack = key_at(key, path), fixed.scale.shape
     keys = jax.random.split(keys, stack) if stack else keys
   return Factored(
@@ -125,12 +121,41 @@ def _factored(
     a=a,
     b=b,
     scale=fixed.scale,
+    gain=None if adapter.m is None else _gain(fixed, a, b, adapter.m),
     rate=None if keys is None else fixed.rate,
     key=keys,
+    n_dropped=n_trained,
     axes=fixed.axes,
     path=path,
     dtype=jnp.dtype(fixed.w.dtype),
   )
+
+
+def _gain(fixed: Fixed, a: jax.Array, b: jax.Array, m: jax.Array) -> jax.Array:
+  """DoRA's `weight.gain` of any layout, [*stack, *out].
+
+  The norm counts as a constant in the backward pass (Liu et al. 2024, section
+  4.3).
+  """
+  assert fixed.norm2 is not None
+  n_stack = fixed.scale.ndim
+  w, of_w, a, b, scale = lax.stop_gradient(
+    (fixed.w, fixed.norm2, a, b, fixed.scale)
+  )
+  matrices = (
+    axes_lib.to_matrices(w, fixed.axes),
+    axes_lib.flatten(of_w, n_stack),
+    axes_lib.flatten(a, n_stack + 1),
+    axes_lib.flatten(b, n_stack + 1),
+    scale,
+  )
+  with jax.default_matmul_precision('highest'):
+    if n_stack and w.dtype != a.dtype:
+      # One after the other: a cast copy of the whole stack would be large.
+      norm2 = lax.map(lambda one: weight.sum_norm2(*one), matrices)
+    else:
+      norm2 = weight.sum_norm2(*matrices)
+  return weight.gain(m, norm2.reshape(m.shape), scale)
 
 
 def _is_factored(x: Any) -> bool:

@@ -18,6 +18,7 @@ from lorax_train.lora.factored import (
   changed,
   reshaped,
   transposed,
+  value_shape,
   widened,
   without,
 )
@@ -212,6 +213,7 @@ def _joined(
     v.w.astype(v.dtype) if isinstance(v, Factored) else v for v in values
   ]
   w = run(eqn, plain)[0]
+  gain = _joined_gains(factors, plain, first.axes, dim)
   if kind == 's':
     rank, at = max(v.a.shape[n] for v in weights), first.axes[:dim].count('s')
     a, b = (
@@ -219,7 +221,7 @@ def _joined(
       for of_all in ([v.a for v in weights], [v.b for v in weights])
     )
     scale = jnp.concatenate([v.scale for v in weights], at)
-    return dataclasses.replace(first, w=w, a=a, b=b, scale=scale)
+    return dataclasses.replace(first, w=w, a=a, b=b, scale=scale, gain=gain)
   axis, start = n + 1 + first.axes[:dim].count(kind), 0
   all_a, all_b = [], []
   for v, array in zip(factors, plain, strict=True):
@@ -238,7 +240,39 @@ def _joined(
     a=jnp.concatenate(all_a, n),
     b=jnp.concatenate(all_b, n),
     scale=jnp.ones_like(first.scale),
+    gain=gain,
   )
+
+
+def _joined_gains(
+  factors: Sequence[Any], arrays: Sequence[Array], axes: str, dim: int
+) -> Array | None:
+  """The gain of weights joined along `dim` of a result with these axes.
+
+  Args:
+    factors: as in `_joined`.
+    arrays: the operands without their updates.
+    axes: of the result.
+    dim: along which they are joined.
+  """
+  gains = [v.gain if isinstance(v, Factored) else None for v in factors]
+  if all(gain is None for gain in gains):
+    return None
+  if axes[dim] == 'i':
+    # Parts of one weight share its gain.
+    if all(gain is gains[0] for gain in gains):
+      return gains[0]
+    raise NoRule("along an in axis DoRA's gains have to be the same")
+  order = [d for kind in 'so' for d, k in enumerate(axes) if k == kind]
+  shapes = [
+    value_shape(v) if isinstance(v, Factored) else array.shape
+    for v, array in zip(factors, arrays, strict=True)
+  ]
+  whole = [
+    jnp.ones([shape[d] for d in order]) if gain is None else gain
+    for gain, shape in zip(gains, shapes, strict=True)
+  ]
+  return jnp.concatenate(whole, order.index(dim))
 
 
 def _padded(x: Array, axis: int, start: int, size: int) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from lorax_train.lora import products, views
+from lorax_train.lora import lookups, products, views
 from lorax_train.lora.equation import (
   describe,
   inlined_jaxpr,
@@ -38,7 +38,7 @@ RULES: dict[str, Rule] = {
   'div': views.div,
   'dot_general': products.dot_general,
   'dynamic_slice': views.dynamic_slice,
-  'gather': products.gather,
+  'gather': lookups.gather,
   'mul': views.mul,
   'name': views.same_factors,
   'neg': views.neg,
@@ -67,7 +67,7 @@ class Walk:
   """How to go through a jaxpr.
 
   Attributes:
-    materialise: form W + scale * A^T B where there is no rule.
+    materialise: form the sum of W and its update where there is no rule.
     inline_custom_vjp: take the derivative of a custom_vjp's own function
       where an adapted weight enters it.
   """
@@ -282,6 +282,7 @@ def _factor_specs(value: Factored, spec: Any) -> Factored:
     a=PartitionSpec(*of('s'), None, *of('i')),
     b=PartitionSpec(*of('s'), None, *of('o')),
     scale=stack,
+    gain=None if value.gain is None else PartitionSpec(*of('s'), *of('o')),
     rate=None if value.rate is None else stack,
     key=None if value.key is None else stack,
   )

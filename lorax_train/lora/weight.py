@@ -22,7 +22,7 @@ Array = Any
 
 
 @typing.dataclass_transform(frozen_default=True, eq_default=False)
-def _node(*data: str, static: tuple[str, ...] = ()):
+def node(*data: str, static: tuple[str, ...] = ()):
   """A frozen dataclass that is a pytree node."""
 
   def wrap(cls):
@@ -34,7 +34,10 @@ def _node(*data: str, static: tuple[str, ...] = ()):
   return wrap
 
 
-@_node('w', 'scale', 'rate', 'a', 'a0', 'b0', 'norm2', static=('ranks', 'axes'))
+@node(
+  *('w', 'scale', 'rate', 'a', 'a0', 'b0', 'norm2'),
+  static=('ranks', 'axes', 'look_up'),
+)
 class Fixed:
   """The frozen half of an adapted leaf.
 
@@ -51,7 +54,8 @@ class Fixed:
     a0: [*stack, R, *in], with b0 what is subtracted from the update, so that
       it starts from nothing though A and B do not (PiSSA, OLoRA).
     b0: [*stack, R, *out].
-    norm2: [*stack, out] float32 squares of W's norms over in (DoRA).
+    norm2: [*stack, *out] float32 squares of W's norms over in (DoRA).
+    look_up: whether in is looked up and not contracted: an embedding.
   """
 
   w: Array
@@ -63,13 +67,14 @@ class Fixed:
   a0: Array | None = None
   b0: Array | None = None
   norm2: Array | None = None
+  look_up: bool = False
 
   def a_of(self, adapter: 'Adapter') -> Array:
     """A, whichever half it stands in."""
     return self.a if adapter.a is None else adapter.a
 
 
-@_node('a', 'b', 'm')
+@node('a', 'b', 'm')
 class Adapter:
   """The trainable half, float32.
 
@@ -80,7 +85,7 @@ class Adapter:
   Attributes:
     a: [*stack, R, *in]; None where it is frozen.
     b: [*stack, R, *out].
-    m: [*stack, out] DoRA's magnitude, None without it.
+    m: [*stack, *out] DoRA's magnitude, None without it.
   """
 
   a: Array | None
@@ -88,7 +93,7 @@ class Adapter:
   m: Array | None = None
 
 
-@_node('w', 'a', 'b', 'scale', 'rate', 'key', 'a0', 'b0', 'norm2', 'm')
+@node('w', 'a', 'b', 'scale', 'rate', 'key', 'a0', 'b0', 'norm2', 'm')
 class LoraWeight:
   """W [*stack, in, out] and its low-rank update, behaving as the sum.
 
@@ -149,11 +154,11 @@ class LoraWeight:
       update = update - self._branch(x, self.a0, self.b0, out_dtype)
     if self.m is None:
       return base + update
-    gain = _over_rows(self._gain(), base).astype(base.dtype)
+    g = _over_rows(self._gain(), base).astype(base.dtype)
     if seen is x:
-      return gain * (base + update)
+      return g * (base + update)
     # As PEFT: what m adds to the base is an update, and so sees dropout.
-    return base + (gain - 1) * product(seen, self.w, out_dtype) + gain * update
+    return base + (g - 1) * product(seen, self.w, out_dtype) + g * update
 
   def _branch(self, x: Array, a: Array, b: Array, out_dtype: Any) -> Array:
     u = _contract(x, a.astype(x.dtype), -1)
@@ -172,8 +177,7 @@ class LoraWeight:
       b = jnp.concatenate([b, -self.b0], -2)
     with jax.default_matmul_precision('highest'):
       norm2 = sum_norm2(self.w, self.norm2, a, b, scale)
-    live = (scale != 0)[..., None] & (norm2 > 0)
-    return jnp.where(live, self.m / jnp.sqrt(jnp.where(live, norm2, 1.0)), 1.0)
+    return gain(self.m, norm2, scale)
 
   def __rmatmul__(self, x: Array) -> Array:
     return self.apply_to(x)
@@ -182,11 +186,12 @@ class LoraWeight:
     """Rows of W + scale A^T B: the embedding look-up, [..., out]."""
     if len(self.shape) != 2:
       raise ValueError(f'look-up in a stacked weight of shape {self.shape}')
-    if self.m is not None or self.a0 is not None:
-      raise ValueError('a look-up has neither DoRA nor a base that is adapted')
+    if self.a0 is not None:
+      raise ValueError('a look-up has no base that is adapted')
     rows = self.w[ids]
     u = jnp.moveaxis(self.a[:, ids], 0, -1) * self.scale
-    return rows + _contract(u, self.b, -2).astype(rows.dtype)
+    rows = rows + _contract(u, self.b, -2).astype(rows.dtype)
+    return rows if self.m is None else self._gain().astype(rows.dtype) * rows
 
   @property
   def T(self) -> 'LoraWeight':
@@ -214,6 +219,18 @@ class LoraWeight:
 def low_rank(a: Array, b: Array, scale: Array) -> Array:
   """scale A^T B [*stack, in, out]."""
   return jnp.einsum('...ri,...ro,...->...io', a, b, scale)
+
+
+def gain(m: Array, norm2: Array, scale: Array) -> Array:
+  """m / |W + scale A^T B| [*stack, *out]; 1 without an adapter.
+
+  Args:
+    m: [*stack, *out] magnitude.
+    norm2: [*stack, *out] squares of the norms over in.
+    scale: [*stack], 0 where there is no adapter.
+  """
+  live = (over(scale, norm2) != 0) & (norm2 > 0)
+  return jnp.where(live, m / jnp.sqrt(jnp.where(live, norm2, 1.0)), 1.0)
 
 
 def sum_norm2(

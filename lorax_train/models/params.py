@@ -74,7 +74,7 @@ class Param(NamedTuple):
     path: place in our tree, 'layers/self_attn/q_proj'.
     axes: logical axes in our order; 'layers' in front for a stack.
     hf: Hugging Face name, `{}` standing for the layer index.
-    linear: Hugging Face stores it (out, in), we [in, out]; may be adapted.
+    linear: Hugging Face stores it (out, in), we [in, out].
   """
 
   path: str
@@ -169,17 +169,33 @@ def abstract(cfg: DecoderConfig, dtype: Any) -> dict:
 
 
 def module_names(cfg: DecoderConfig) -> dict[str, tuple[str, ...]]:
-  """{path: Hugging Face module name of each stack index} of all linears.
+  """{path: Hugging Face module name of each stack index} of all matrices.
 
   >>> cfg = DecoderConfig(8, 4, 2, 1, 1, 4, 4)
   >>> module_names(cfg)['layers/self_attn/q_proj'][1]
   'model.layers.1.self_attn.q_proj'
   """
-  return {
-    p.path: tuple(n.removesuffix('.weight') for n in hf_names(cfg, p))
-    for p in table(cfg)
-    if p.linear
-  }
+  return {p.path: _modules(cfg, p) for p in table(cfg) if p.axes[-1] != 'norm'}
+
+
+def norm_names(cfg: DecoderConfig) -> dict[str, tuple[str, ...]]:
+  """The same of what takes no adapter, but may be trained whole."""
+  return {p.path: _modules(cfg, p) for p in table(cfg) if p.axes[-1] == 'norm'}
+
+
+def layout(cfg: DecoderConfig) -> dict[str, str]:
+  """{path: letters of its axes} of everything, as `lora.split` takes it."""
+
+  def letters(p: Param) -> str:
+    if p.axes[-1] == 'norm':
+      return '.'
+    return 'io' if p.linear else 'vo'
+
+  return {p.path: 's' * p.stacked + letters(p) for p in table(cfg)}
+
+
+def _modules(cfg: DecoderConfig, param: Param) -> tuple[str, ...]:
+  return tuple(n.removesuffix('.weight') for n in hf_names(cfg, param))
 
 
 def hf_names(cfg: DecoderConfig, param: Param) -> tuple[str, ...]:

@@ -28,12 +28,11 @@ from lorax_train.errors import (
 )
 from lorax_train.formats import find, hf, hf_config, safetensors
 from lorax_train.infer.inspection import aligned
-from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import checkpoint, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.inspection import read_run
-from lorax_train.train.setup import Adapters, Rows
+from lorax_train.train.setup import Rows
 
 Tree = Any
 Report = dict[str, Any]
@@ -220,8 +219,8 @@ def _evaluate(
   if cfg.lora.init_from:
     adapters = setup.plan_adapters(cfg, model_cfg)
   else:
-    names = params_lib.module_names(model_cfg)
-    adapters = Adapters(names, lora.LoraSpec(), {}, None)
+    adapters = setup.no_adapters(model_cfg)
+  model_cfg = adapters.model_cfg
   with jax.set_mesh(mesh):
     params = hf.load_params(
       model_dir, model_cfg, jnp.dtype(cfg.model.param_dtype), mesh
@@ -234,7 +233,7 @@ def _evaluate(
       cfg.train.batch_size,
       mesh,
     )
-    base = evaluate(trainable, _switched_off(frozen))
+    base = evaluate(*_switched_off(frozen, trainable, params))
     adapted = evaluate(trainable) if adapters.loaded else None
   of_base = _of_loss('base', base, cfg.model.dtype)
   of_adapted = (
@@ -255,15 +254,26 @@ def _evaluate(
   }
 
 
-def _switched_off(frozen: Tree) -> Tree:
-  """`frozen` with every adapter's scale 0, which is the base alone."""
+def _switched_off(
+  frozen: Tree, trainable: Tree, params: Tree
+) -> tuple[Tree, Tree]:
+  """(trainable, frozen) of the base alone.
+
+  Every adapter's scale is 0, and what is trained whole is as it was.
+  """
 
   def off(x):
     if not isinstance(x, lora.Fixed):
       return x
     return dataclasses.replace(x, scale=jnp.zeros_like(x.scale))
 
-  return jax.tree.map(off, frozen, is_leaf=lambda x: isinstance(x, lora.Fixed))
+  def as_it_was(half, own, w):
+    return half.taken(w) if isinstance(half, lora.Original) else own
+
+  return (
+    jax.tree.map(as_it_was, frozen, trainable, params, is_leaf=lora.is_trained),
+    jax.tree.map(off, frozen, is_leaf=lora.is_trained),
+  )
 
 
 def _of_loss(what: str, loss: float | None, dtype: str) -> Report:

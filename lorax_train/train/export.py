@@ -29,7 +29,7 @@ def write_adapter(
   Args:
     directory: replaced where it exists.
     frozen: from `lora.split`.
-    trainable: the factors.
+    trainable: the factors, and what is trained whole.
     adapters: names and spec of what is adapted.
     cfg: the run, for the model card.
     base: what the adapter says it was trained on.
@@ -43,7 +43,14 @@ def write_adapter(
     directory, 'adapter not written, checkpoints are untouched'
   ) as building:
     peft.save_adapter(
-      building, frozen, trainable, adapters.names, adapters.spec, base
+      building,
+      frozen,
+      trainable,
+      adapters.names,
+      adapters.spec,
+      base,
+      adapters.norms,
+      tied='lm_head' not in adapters.names,
     )
     _check(building, frozen, trainable, adapters)
     for file in tokenizer.files if tokenizer else ():
@@ -61,6 +68,7 @@ def _check(
     OSError: it does not.
     ModelError: it is not finite.
   """
-  written = peft.to_tensors(frozen, trainable, adapters.names)
-  if not peft.equals(peft.load_adapter(directory), written):
+  written = peft.to_tensors(frozen, trainable, adapters.all_names)
+  loaded = peft.on_tied(peft.load_adapter(directory))
+  if not peft.equals(loaded, written):
     raise OSError(f'{directory}: the adapter does not read back as written')

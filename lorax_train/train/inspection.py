@@ -111,6 +111,13 @@ def run_facts(run_dir: Path) -> Facts:
   }
 
 
+def _besides(lora: Facts) -> str:
+  """What is trained beside the adapters, in words."""
+  keys = ('modules_to_save', 'trainable_token_indices')
+  said = [f'{key} {lora[key]}' for key in keys if lora[key]]
+  return ''.join(f', {words}' for words in said)
+
+
 def run_text(facts: Facts) -> str:
   """`run_facts` in words."""
   cfg, adapter = facts['config'], facts['adapter']
@@ -129,7 +136,7 @@ def run_text(facts: Facts) -> str:
     'lora': (
       lora['init_from']
       or f'{lora["variant"]}, rank {lora["rank"]}, alpha {lora["alpha"]:g},'
-      f' targets {lora["targets"]}'
+      f' targets {lora["targets"]}{_besides(lora)}'
     ),
     'steps': (
       f'{train["steps"]} of {train["batch_size"] * train["grad_accum"]} rows,'

@@ -75,8 +75,9 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     'weights': safetensors.fingerprint(weights),
   }
   rundir.check_same_run(run_dir, mapping, inputs)
-  shapes, _ = setup.abstract(cfg, model_cfg, adapters)
-  say(report.banner(cfg, shapes, adapters.names, mesh,
+  model_cfg = adapters.model_cfg
+  shapes, _ = setup.abstract(cfg, adapters)
+  say(report.banner(cfg, shapes, adapters.all_names, mesh,
                     setup.rows_summary(rows), rows.length, run_dir))  # fmt: skip
   chosen = samples.choose(rows, cfg.eval.samples)
   done = checkpoint.latest_step(run_dir / 'checkpoints') or 0

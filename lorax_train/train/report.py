@@ -61,15 +61,18 @@ def targets(frozen: Any, names: Mapping[str, Sequence[str]]) -> str:
   """'q_proj x 32 (r 64), v_proj x 32 (r 64)': what was matched."""
   parts = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(
-    frozen, is_leaf=lambda x: isinstance(x, lora.Fixed)
+    frozen, is_leaf=lora.is_trained
   ):
-    if not isinstance(leaf, lora.Fixed):
-      continue
-    ranks = [r for r in leaf.ranks if r]
-    low, high = min(ranks), max(ranks)
-    rank = f'{low}' if low == high else f'{low}-{high}'
-    module = names[lora.path_of(path)][0].rpartition('.')[2]
-    parts.append(f'{module} x {len(ranks)} (r {rank})')
+    of_path = names.get(lora.path_of(path), ('',))
+    module = of_path[0].rpartition('.')[2]
+    if isinstance(leaf, lora.Fixed):
+      ranks = [r for r in leaf.ranks if r]
+      low, high = min(ranks), max(ranks)
+      rank = f'{low}' if low == high else f'{low}-{high}'
+      parts.append(f'{module} x {len(ranks)} (r {rank})')
+    elif isinstance(leaf, lora.Original):
+      whole = f'{module} x {len(leaf.layers or of_path)} (whole)'
+      parts.append(f'{module} ({len(leaf.rows)} rows)' if leaf.rows else whole)
   return ', '.join(parts)
 
 
@@ -131,6 +134,14 @@ def _quoted(path: Path) -> str:
   return shlex.quote(str(path))
 
 
+def _also(spec: lora.LoraSpec) -> str:
+  """What is trained besides, in words."""
+  rows = {n: len(t) for n, t in spec.trainable_token_indices.items()}
+  parts = [f'`{spec.modules_to_save}` whole'] if spec.modules_to_save else []
+  parts += [f'{n} rows of `{name}`' for name, n in rows.items()]
+  return f'; {", ".join(parts)}' if parts else ''
+
+
 def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
   """README.md of an adapter directory, with the hub's front matter."""
   base = cfg.model.path
@@ -154,7 +165,7 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
     '```',
     '',
     f'- variant {spec.variant}, rank {spec.rank}, alpha {spec.alpha:g}, targets'
-    f' `{spec.targets}`',
+    f' `{spec.targets}`{_also(spec)}',
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
     f' rows, template `{cfg.data.template}`, peak learning rate'
     f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorax_train import config as config_lib
 from lorax_train.errors import LockedError, ResumeError
 from lorax_train.train.checkpoint import write_atomically
 
@@ -98,6 +99,8 @@ def check_same_run(
       f'run_dir {run_dir}: its {CONFIG} or {RUN} is damaged or not of a run:'
       ' give another run_dir to start again'
     ) from None
+  # A key that is younger than the run had no say in it.
+  before = {**flat(config_lib.defaults()), **before}
   now = flat(mapping)
   changed = [
     f'{key} was {before.get(key)!r}, is {now.get(key)!r}'

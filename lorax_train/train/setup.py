@@ -1,5 +1,6 @@
 """What a run needs before its first step: rows, adapters, mesh, state."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,12 +77,37 @@ class Rows(NamedTuple):
 
 
 class Adapters(NamedTuple):
-  """What is adapted: names of the modules, the spec, its resolution."""
+  """What is trained of a model.
 
+  Attributes:
+    model_cfg: the model as the run sees it: a head that its files tie to the
+      embedding may be a leaf of its own.
+    names: {path: module names} of what may be adapted.
+    norms: the same of what may only be trained whole.
+    layout: {path: letters of its axes}.
+    spec: what is.
+    placed: that for each module.
+    loaded: the adapter to start from.
+  """
+
+  model_cfg: DecoderConfig
   names: dict[str, tuple[str, ...]]
+  norms: dict[str, tuple[str, ...]]
+  layout: dict[str, str]
   spec: lora.LoraSpec
-  placed: dict[str, lora.Placement]
+  placed: dict[str, lora.Placement | lora.Whole]
   loaded: peft.LoadedAdapter | None
+
+  @property
+  def all_names(self) -> dict[str, tuple[str, ...]]:
+    """Of all modules."""
+    return {**self.names, **self.norms}
+
+  def split(self, key: jax.Array, params: Tree) -> tuple[Tree, Tree]:
+    """(frozen, trainable), see `lora.split`."""
+    return lora.split(
+      key, params, self.placed, self.names, self.layout, self.norms
+    )
 
 
 def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
@@ -91,28 +117,73 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
     ConfigError: targets that match nothing.
     ModelError: lora.init_from does not fit.
   """
-  names = params_lib.module_names(model_cfg)
   if cfg.lora.init_from:
     loaded = peft.load_adapter(Path(cfg.lora.init_from).expanduser())
-    return Adapters(names, loaded.spec, peft.placement(loaded, names), loaded)
+    model_cfg, loaded, placed = peft.on_model(loaded, model_cfg)
+    if cfg.model.untie and model_cfg.tied:
+      raise ConfigError(
+        'model.untie: the adapter of lora.init_from was made for a head that is'
+        ' the embedding; leave it out'
+      )
+    plan = no_adapters(model_cfg)
+    return plan._replace(spec=loaded.spec, placed=placed, loaded=loaded)
+  if cfg.model.untie and model_cfg.tied:
+    if cfg.lora.trainable_token_indices:
+      raise ConfigError(
+        'model.untie with lora.trainable_token_indices: PEFT puts such rows of a'
+        ' tied embedding into the head as well; leave one of them out'
+      )
+    model_cfg = dataclasses.replace(model_cfg, tied=False)
+  none = no_adapters(model_cfg)
   spec = config_lib.lora_spec(cfg.lora)
-  flat = [name for of_stack in names.values() for name in of_stack]
-  try:
-    placed = lora.resolve(spec, flat)
-  except ValueError as error:
-    raise ConfigError(f'lora.targets: {error}') from None
-  return Adapters(names, spec, placed, None)
-
-
-def abstract(
-  cfg: TrainConfig, model_cfg: DecoderConfig, adapters: Adapters
-) -> tuple[Tree, Tree]:
-  """(frozen, trainable) as shapes: counts without weights."""
-  params = params_lib.abstract(model_cfg, jnp.dtype(cfg.model.param_dtype))
-  return jax.eval_shape(
-    lambda p: lora.split(jax.random.key(0), p, adapters.placed, adapters.names),
-    params,
+  flat, rest = (
+    [name for of_stack in of.values() for name in of_stack]
+    for of in (none.names, none.norms)
   )
+  try:
+    placed = lora.resolve(spec, flat, others=rest)
+  except ValueError as error:
+    tied = '; the head is tied to embed_tokens, model.untie=True parts them'
+    hint = tied if model_cfg.tied and 'lm_head' in str(error) else ''
+    raise ConfigError(f'lora: {error}{hint}') from None
+  embedding = [
+    place for name, place in placed.items() if name.endswith('embed_tokens')
+  ]
+  if model_cfg.tied and any(getattr(p, 'dora', False) for p in embedding):
+    raise ConfigError(
+      'lora: DoRA of an embedding that is the head too: its columns are not'
+      " the head's; give model.untie=True, or leave it out"
+    )
+  return none._replace(spec=spec, placed=placed)
+
+
+def no_adapters(model_cfg: DecoderConfig) -> Adapters:
+  """A model of which nothing is trained."""
+  return Adapters(
+    model_cfg,
+    params_lib.module_names(model_cfg),
+    params_lib.norm_names(model_cfg),
+    params_lib.layout(model_cfg),
+    lora.LoraSpec(),
+    {},
+    None,
+  )
+
+
+def abstract(cfg: TrainConfig, adapters: Adapters) -> tuple[Tree, Tree]:
+  """(frozen, trainable) as shapes: counts without weights.
+
+  Raises:
+    ConfigError: an adapter that these weights can't have.
+  """
+  dtype = jnp.dtype(cfg.model.param_dtype)
+  params = params_lib.abstract(adapters.model_cfg, dtype)
+  try:
+    return jax.eval_shape(
+      lambda p: adapters.split(jax.random.key(0), p), params
+    )
+  except ValueError as error:
+    raise ConfigError(f'lora: {error}') from None
 
 
 def make_apply(cfg: TrainConfig, model_cfg: DecoderConfig) -> step_lib.Apply:
@@ -216,10 +287,13 @@ def split(
   cfg: TrainConfig, params: Tree, adapters: Adapters
 ) -> tuple[Tree, Tree]:
   """Factors beside the weights, lying as the weights do."""
-  key = jax.random.key(cfg.train.seed)
-  frozen, trainable = lora.split(key, params, adapters.placed, adapters.names)
-  if adapters.loaded is not None:
-    trainable = peft.fill(adapters.loaded, frozen, trainable, adapters.names)
+  if adapters.loaded is None:
+    key = jax.random.key(cfg.train.seed)
+    frozen, trainable = adapters.split(key, params)
+  else:
+    frozen, trainable = peft.attach(
+      adapters.loaded, adapters.placed, adapters.model_cfg, params
+    )
 
   def put(tree: Tree) -> Tree:
     return jax.device_put(tree, parallel.trainable_shardings(frozen, tree))

@@ -30,7 +30,8 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: updates made so far, int32.
-    trainable: A and B of every adapter.
+    trainable: from `lora.split`: A and B of every adapter, what is trained
+      whole.
     opt_state: the optimizer's.
     fixed_factors: in a checkpoint `lora.fixed_factors`; None in the step, whose
       frozen half has them.

@@ -1,4 +1,4 @@
-"""Which modules PEFT adapts, and with which rank and scale: a table.
+"""Which modules PEFT adapts or trains whole, with which rank and scale: a table.
 
 PEFT itself is asked: each combination is put on a tiny Mistral without
 weights (meta device, 3 layers), and rank and scaling are read off its modules.
@@ -156,6 +156,40 @@ CASES = {
     'rank_pattern': {'lm_head': 2},
     'alpha_pattern': {'^lm_head': 3},
   },
+  'saved, the head': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['lm_head'],
+  },
+  'saved, the end of a name': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['norm'],
+  },
+  'saved, a full path': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['model.norm', 'layers.1.input_layernorm'],
+  },
+  'saved wins over a target': {
+    'target_modules': 'all-linear',
+    'modules_to_save': ['up_proj', 'layers.0.self_attn.o_proj'],
+  },
+  'saved wins over a regex': {
+    'target_modules': r'.*_proj',
+    'modules_to_save': ['k_proj', 'embed_tokens'],
+  },
+  'tokens': {
+    'target_modules': ['q_proj'],
+    'trainable_token_indices': [5, 3],
+  },
+  'tokens by name, and a saved norm': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['norm'],
+    'trainable_token_indices': {'embed_tokens': [0, 2]},
+  },
+  'tokens of a saved embedding': {
+    'target_modules': ['q_proj'],
+    'modules_to_save': ['embed_tokens'],
+    'trainable_token_indices': [1],
+  },
 }
 
 
@@ -174,7 +208,11 @@ def tiny_mistral():
 
 
 def adapt(config: dict) -> dict:
-  """Each module that PEFT adapts -> [r, scaling], or the error it raises."""
+  """What PEFT does to each module, or the error that it raises.
+
+  `modules`: [r, scaling] of an adapter. `whole`: what is trained without one:
+  the tokens whose rows are, null for all.
+  """
   try:
     with warnings.catch_warnings(action='ignore'):
       lora = peft.LoraConfig(task_type='CAUSAL_LM', **config)
@@ -189,7 +227,17 @@ def adapt(config: dict) -> dict:
     for name, module in model.named_modules()
     if isinstance(module, peft.tuners.lora.LoraLayer)
   }
-  return {'modules': modules}
+  wrappers = peft.utils.other.AuxiliaryTrainingWrapper
+  whole = {
+    name.removeprefix('base_model.model.'): (
+      module.token_adapter.token_indices['default']
+      if hasattr(module, 'token_adapter')
+      else None
+    )
+    for name, module in model.named_modules()
+    if isinstance(module, wrappers)
+  }
+  return {'modules': modules, **({'whole': whole} if whole else {})}
 
 
 def make(path: pathlib.Path, versions: dict[str, str]) -> None:

@@ -540,8 +540,8 @@ DAMAGES = {
   'ranks that differ': (lambda d: edit(d, lambda t: t.update({A0: t[A0][:2]})), 'do not fit'),
   'not finite': (lambda d: edit(d, lambda t: t[A0].fill(np.nan)), 'q_proj: not finite'),
   'no target': (lambda d: edit(d, lambda t: t.update({k.replace('q_proj', 'k_proj'): v for k, v in t.items()})), 'k_proj: not a target'),
-  'other tensors': (lambda d: edit(d, lambda t: t.update({'lm_head.weight': t[A0]})), 'lm_head.weight is no factor'),
-  'whole numbers': (lambda d: edit(d, lambda t: t.update({A0: t[A0].astype(np.int8)})), f'{A0} is no factor'),
+  'other tensors': (lambda d: edit(d, lambda t: t.update({'lm_head.weight': t[A0]})), 'lm_head.weight float32[4, 32] is no factor'),
+  'whole numbers': (lambda d: edit(d, lambda t: t.update({A0: t[A0].astype(np.int8)})), f'{A0} int8[4, 32] is no factor'),
 }  # fmt: skip
 
 

@@ -142,16 +142,18 @@ def test_the_frozen_half_may_be_shapes(base, tmp_path):
 
 # The matching rules, as PEFT answered them.
 
-NAMES = params_lib.module_names(DecoderConfig(16, 8, 3, 2, 1, 4, 8))
+TINY = DecoderConfig(16, 8, 3, 2, 1, 4, 8)
+NAMES = params_lib.module_names(TINY)
 FLAT = [name for of_stack in NAMES.values() for name in of_stack]
+NORMS = [n for names in params_lib.norm_names(TINY).values() for n in names]
 
 # Where we answer otherwise than PEFT, and why we may.
 DIFFERENT = {
-  'embedding': 'refused: embeddings cannot be adapted yet',
-  'a norm is no linear': 'PEFT refuses; we know linears only and pass it over,'
+  'a norm is no linear': 'PEFT refuses; we know matrices only and pass it over,'
   ' as no such adapter exists (a spec of ours is strict, and refused)',
   'regex that takes a block': 'PEFT refuses; we take the linears in it, and'
   ' name each in full when we save',
+  'tokens of a saved embedding': 'refused; PEFT wraps one in the other',
   'layers with a pattern': 'refused: layers_pattern is for models whose layers'
   ' are not called layers',
 }
@@ -169,9 +171,14 @@ def write_config(directory, config):
 
 
 def ours_of(config, tmp_path):
-  spec, _ = peft_config.read_config(write_config(tmp_path, config))
-  placed = lora.resolve(spec, FLAT, strict=False)
-  return {name: [p.rank, p.scale] for name, p in placed.items()}
+  """({module: [rank, scale]}, {module: which rows are trained, None for all})."""
+  spec = peft_config.read_config(write_config(tmp_path, config)).spec
+  placed = lora.resolve(spec, FLAT, strict=False, others=NORMS)
+  adapted = lora.adapted(placed)
+  return (
+    {name: [p.rank, p.scale] for name, p in adapted.items()},
+    {name: p.rows for name, p in placed.items() if name not in adapted},
+  )
 
 
 def test_peft_matching_rules(golden, tmp_path):
@@ -182,12 +189,17 @@ def test_peft_matching_rules(golden, tmp_path):
   for name, case in cases.items():
     if name in DIFFERENT:
       continue
+    whole = case.get('whole', {})
+    want = (
+      case.get('modules'),
+      {name: rows and tuple(sorted(rows)) for name, rows in whole.items()},
+    )
     try:
       got = ours_of(case['config'], tmp_path)
     except ValueError:
-      got = None
-    if got != case.get('modules'):
-      wrong[name] = (got, case.get('modules', case.get('error')))
+      got = None, {}
+    if got != want:
+      wrong[name] = (got, want, case.get('error'))
   assert not wrong
 
 
@@ -197,14 +209,15 @@ def test_where_we_differ_from_peft(golden, tmp_path):
   def ours(name):
     return ours_of(cases[name]['config'], tmp_path)
 
-  assert 'embed_tokens' in refusal(ours, 'embedding', kind=ValueError)
+  both = refusal(ours, 'tokens of a saved embedding', kind=ValueError)
+  assert 'embed_tokens: trained by more than one entry of' in both
   assert "layers_pattern='layers'" in refusal(ours, 'layers with a pattern')
   assert cases['a norm is no linear']['error'] == 'ValueError'
-  assert list(ours('a norm is no linear')) == [
+  assert list(ours('a norm is no linear')[0]) == [
     f'model.layers.{i}.self_attn.q_proj' for i in range(3)
   ]
   assert cases['regex that takes a block']['error'] == 'ValueError'
-  assert list(ours('regex that takes a block')) == [
+  assert list(ours('regex that takes a block')[0]) == [
     n for n in FLAT if '.layers.1.' in n
   ]
 
@@ -214,8 +227,9 @@ def test_where_we_differ_from_peft(golden, tmp_path):
   ({'targets': 'q_proj,w1'}, "target 'w1'"),
   ({'targets': 'proj'}, "target 'proj'"),
   ({'targets': 'self_attn'}, "target 'self_attn'"),
-  ({'targets': 'q_proj,norm'}, "target 'norm'"),
-  ({'targets': 'embed_tokens'}, "target 'embed_tokens'"),
+  ({'targets': 'q_proj,norm'}, "target 'norm' (which modules_to_save could"),
+  ({'modules_to_save': 'lm_head,w1'}, "modules_to_save 'w1'"),
+  ({'trainable_token_indices': {'wte': (1,)}}, "trainable_token_indices 'wte'"),
   ({'targets': r'q_\w+'}, r"target 'q_\\w+'"),
   ({'exclude': 'proj'}, "exclude 'proj'"),
   ({'exclude': r'q_\w+'}, r"exclude 'q_\\w+'"),
@@ -227,7 +241,7 @@ def test_where_we_differ_from_peft(golden, tmp_path):
 ])  # fmt: skip
 def test_strict_refuses_what_has_no_effect(spec, words):
   spec = lora.LoraSpec(**{'targets': 'q_proj', **spec})
-  message = refusal(lora.resolve, spec, FLAT, kind=ValueError)
+  message = refusal(lora.resolve, spec, FLAT, True, NORMS, kind=ValueError)
   assert words in message
   assert 'q_proj, k_proj, v_proj' in message
 
@@ -264,21 +278,32 @@ SPECS = {
   },
   'regex over blocks': {'targets': r'.*layers\.1\..*'},
   'regex over everything': {'targets': '.*', 'exclude': 'lm_head'},
+  'regex over norms': {'targets': r'.*(up_proj|norm)'},
+  'the embedding': {'targets': 'v_proj,embed_tokens', 'variant': 'dora'},
+  'trained whole': {
+    'targets': r'.*_proj',
+    'modules_to_save': 'norm,lm_head,model.layers.1.mlp.up_proj',
+  },
+  'tokens': {'trainable_token_indices': {'embed_tokens': (7, 1)}},
 }
 
 
 @pytest.mark.parametrize('case', SPECS)
 def test_a_spec_survives_the_file(case, tmp_path):
   spec = lora.LoraSpec(**SPECS[case])
-  want = lora.resolve(spec, FLAT)
-  config = peft_config.to_config(spec, NAMES, 'some/base')
+  want = lora.resolve(spec, FLAT, others=NORMS)
+  others = params_lib.norm_names(TINY)
+  config = peft_config.to_config(spec, NAMES, 'some/base', others)
   # PEFT writes the keys in order of the alphabet; ours must not need theirs.
   config = json.loads(json.dumps(config, sort_keys=True))
-  again, name = peft_config.read_config(write_config(tmp_path, config))
+  again, name, _ = peft_config.read_config(write_config(tmp_path, config))
   assert name == 'some/base'
-  got = lora.resolve(again, FLAT, strict=False)
+  got = lora.resolve(again, FLAT, strict=False, others=NORMS)
   assert got.keys() == want.keys()
   for module, place in want.items():
+    if isinstance(place, lora.Whole):
+      assert got[module] == place
+      continue
     assert got[module].rank == place.rank
     assert got[module].dropout == place.dropout
     # alpha is scale * r again where modules are named in full: one rounding.
@@ -311,7 +336,8 @@ def test_a_list_of_targets_is_literal(tmp_path):
   config = {
     'target_modules': ['q_proj', '[kv]_proj', 'k_proj,v_proj', ' o_proj']
   }
-  assert {n.rpartition('.')[2] for n in ours_of(config, tmp_path)} == {'q_proj'}
+  placed, _ = ours_of(config, tmp_path)
+  assert {n.rpartition('.')[2] for n in placed} == {'q_proj'}
 
 
 # Refusals.
@@ -339,11 +365,14 @@ def edit_config(directory, **changes):
   ({'lora_bias': True}, 'lora_bias=True'),
   ({'bias': 'all'}, "bias='all'"),
   ({'bias': 'lora_only'}, "bias='lora_only'"),
-  ({'modules_to_save': ['lm_head']}, "modules_to_save=['lm_head']"),
+  ({'modules_to_save': ['head[']}, "modules_to_save 'head['"),
+  ({'modules_to_save': 'lm_head'}, "wrong kind: modules_to_save='lm_head'"),
   ({'fan_in_fan_out': True}, 'fan_in_fan_out=True'),
   ({'use_qalora': True}, 'use_qalora=True'),
   ({'use_bdlora': {'nblocks': 2}}, 'use_bdlora='),
-  ({'trainable_token_indices': [1]}, 'trainable_token_indices=[1]'),
+  ({'trainable_token_indices': [1, 1]}, '(1, 1) is no list of different'),
+  ({'trainable_token_indices': {'embed_tokens': 1}}, 'not iterable'),
+  ({'trainable_token_indices': [[1]]}, 'is no list of different token ids'),
   ({'target_parameters': ['mlp.experts.down_proj']}, 'target_parameters='),
   ({'layer_replication': [[0, 2], [1, 2]]}, 'layer_replication='),
   ({'layers_pattern': 'h'}, "layers_pattern='h'"),
@@ -420,14 +449,14 @@ def test_any_value_is_understood_or_refused(changes):
   with tempfile.TemporaryDirectory() as directory:
     path = write_config(pathlib.Path(directory), config)
     try:
-      spec, _ = peft_config.read_config(path)
+      spec = peft_config.read_config(path).spec
     except ModelError:
       return
     try:
       placed = lora.resolve(spec, FLAT, strict=False)
     except ValueError:
       return
-  for place in placed.values():
+  for place in lora.adapted(placed).values():
     assert type(place.rank) is int
     assert place.rank > 0
     assert np.isfinite(place.scale)
@@ -530,14 +559,16 @@ Q1 = 'model.layers.1.self_attn.q_proj'
   (put(A1, np.zeros((4, 32), np.int8)), f'{A1} int8[4, 32]'),
   (put(A1, np.zeros((4, 32, 1), np.float32)), f'{A1} float32[4, 32, 1]'),
   (put('x.lora_A.weight', np.zeros((4, 32), np.float32)),
-   'not LoRA factors of linears: x.lora_A.weight'),
+   'not parts of a LoRA adapter: x.lora_A.weight'),
   (put(A0.replace('.weight', '.default.weight'), np.zeros((4, 32), np.float32)),
    'lora_A.default.weight'),
   (put(B0.replace('.weight', '.bias'), np.zeros(32, np.float32)), 'lora_B.bias'),
   (put(A0.replace('lora_A.weight', 'lora_magnitude_vector'),
        np.zeros(32, np.float32)), 'lora_magnitude_vector is there, but not by'),
   (put('base_model.model.model.embed_tokens.lora_embedding_A',
-       np.zeros((4, 61), np.float32)), 'lora_embedding_A'),
+       np.zeros((4, 61), np.float32)), 'embed_tokens: lora_B is missing'),
+  (put('base_model.model.lm_head.weight', np.zeros((61, 32), np.float32)),
+   'that neither modules_to_save nor trainable_token_indices name (of a'),
 ])  # fmt: skip
 def test_tensors_that_are_no_adapter(change, words, adapter):
   edit_tensors(adapter, change)

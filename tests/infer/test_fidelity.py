@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from lorax_train import __main__ as verbs
 from lorax_train.errors import ModelError
 from lorax_train.infer import fidelity, score
-from lorax_train.infer.load import load_params
+from lorax_train.infer.load import load_model
 from tests import toys
 
 KEYS = [f'model.layers.{i}.self_attn.q_proj' for i in range(3)]
@@ -175,16 +175,17 @@ def test_an_adapter_that_does_nothing(tmp_path, pair):
 def test_no_more_logits_than_a_batch_are_in_memory(pair, tmp_path):
   out = tmp_path / 'out'
   fidelity.merge(*pair, str(out))
-  apply, params = load_params(Path(pair[0]), None, pair[1])
+  model = load_model(Path(pair[0]), None, pair[1])
   shapes = set()
 
   def watched(params, ids, mask_BS=None):
-    logits = apply(params, ids, mask_BS=mask_BS)
+    logits = model.apply(params, ids, mask_BS=mask_BS)
     shapes.add(logits.shape)
     return logits
 
   arrays = fidelity.random_rows(260, 7)
-  report = fidelity.compare(watched, params, out, arrays, batch_size=2)
+  watched_model = model._replace(apply=watched)
+  report = fidelity.compare(watched_model, out, arrays, batch_size=2)
   assert shapes == {(2, 64, 260)}
   assert report['positions'] == 7 * 64
 
@@ -201,13 +202,13 @@ def test_random_rows_are_the_same_each_time():
 def test_logits_that_are_not_finite_are_no_report(pair, tmp_path):
   out = tmp_path / 'out'
   fidelity.merge(*pair, str(out))
-  _, params = load_params(Path(pair[0]), None, pair[1])
 
   def broken(params, ids, mask_BS=None):
     return jnp.full((*ids.shape, 260), jnp.nan)
 
+  model = load_model(Path(pair[0]), None, pair[1])._replace(apply=broken)
   with pytest.raises(ModelError, match='logits that are not finite'):
-    fidelity.compare(broken, params, out, fidelity.random_rows(260))
+    fidelity.compare(model, out, fidelity.random_rows(260))
 
 
 # --- the verb

@@ -4,11 +4,13 @@ Every case is (function, params, arguments, layout). Sizes are such that no
 activation has the shape of a weight.
 """
 
+import functools
 import importlib
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -21,8 +23,14 @@ class Case(NamedTuple):
 
 
 def normal(*shape, dtype=jnp.float32, seed=0):
-  key = jax.random.fold_in(jax.random.key(seed), sum(shape))
-  return 0.3 * jax.random.normal(key, shape, dtype)
+  # numpy's: jax would compile a program for every shape.
+  rng = np.random.default_rng((seed, *shape))
+  return jnp.asarray(0.3 * rng.standard_normal(shape), dtype)
+
+
+def filled(shapes):
+  """Random numbers where a library would begin with its own."""
+  return jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
 
 
 CASES = {}
@@ -161,7 +169,7 @@ def tied_embedding():
 
   params = {'embed': normal(37, 12), 'w': normal(12, 12)}
   ids = jnp.array([[1, 4, 4], [36, 0, 2]])
-  return Case(fn, params, (ids,), {'embed': 'io', 'w': 'io'})
+  return Case(fn, params, (ids,), {'embed': 'vo', 'w': 'io'})
 
 
 @case
@@ -174,7 +182,7 @@ def tables_of_embeddings():
   params = {
     'bias': normal(5, 7, 3), 'many': normal(4, 11, 6), 'tables': normal(4, 9, 6)
   }  # fmt: skip
-  layout = {'bias': 'iio', 'many': 'sio', 'tables': 'sio'}
+  layout = {'bias': 'vvo', 'many': 'svo', 'tables': 'svo'}
   return Case(fn, params, (jnp.arange(2), jnp.arange(2)), layout)
 
 
@@ -187,7 +195,7 @@ def embedding_by_brackets():
     return rows.sum(-2), filled, one_by_one
 
   ids = jnp.array([[1, 4, 4], [36, 0, 2]])  # 108 lies outside, and is filled
-  return Case(fn, {'embed': normal(37, 12)}, (ids,), {'embed': 'io'})
+  return Case(fn, {'embed': normal(37, 12)}, (ids,), {'embed': 'vo'})
 
 
 @case
@@ -199,6 +207,19 @@ def experts_ragged():
   params = {'up': normal(3, 12, 28), 'down': normal(3, 28, 12)}
   args = (normal(8, 12), jnp.array([3, 0, 5]))
   return Case(fn, params, args, {'down': 'sio', 'up': 'sio'})
+
+
+@case
+def experts_ragged_both_ways():
+  """There and back through the same weights, in groups and out of them."""
+
+  def fn(params, x, sizes):
+    numbers = lax.RaggedDotDimensionNumbers((([1], [2]), ([], [])), [0], [0])
+    h = jnp.tanh(lax.ragged_dot(x, params['w'], sizes))
+    return lax.ragged_dot_general(h, params['w'], sizes, numbers)
+
+  args = (normal(8, 12), jnp.array([3, 0, 5]))
+  return Case(fn, {'w': normal(3, 12, 28)}, args, {'w': 'sio'})
 
 
 @case
@@ -242,6 +263,33 @@ def convolutions():
 
 
 @case
+def convolutions_in_groups():
+  """Of features, in both orders of axes; depthwise, from a flat kernel."""
+
+  def fn(params, x):
+    x = lax.conv_general_dilated(
+      x, params['half'], (1, 2), 'SAME', feature_group_count=2,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+    x = jnp.moveaxis(jnp.tanh(x), -1, 1)
+    x = lax.conv_general_dilated(
+      x, params['deep'], (1, 1), 'VALID', feature_group_count=10
+    )
+    flat = params['flat'].reshape(2, 2, 1, 20)
+    return lax.conv_general_dilated(
+      x, flat, (1, 1), 'SAME', feature_group_count=20,
+      dimension_numbers=('NCHW', 'HWIO', 'NHWC'),
+    )  # fmt: skip
+
+  params = {
+    'deep': normal(20, 1, 2, 2), 'flat': normal(4, 20),
+    'half': normal(3, 3, 2, 10),
+  }  # fmt: skip
+  layout = {'deep': 'oiii', 'flat': 'io', 'half': 'iiio'}
+  return Case(fn, params, (normal(2, 5, 6, 4),), layout)
+
+
+@case
 def views():
   def fn(params, x):
     w, x = jax.device_put((params['w'], x))
@@ -258,30 +306,37 @@ def views():
 
 @case
 def weights_side_by_side():
-  """Fused projections, split rows, and layers stacked for a scan."""
+  """Fused projections, and layers stacked for a scan."""
+
+  plain = normal(12, 10)
 
   def fn(params, x):
-    fused = jnp.concatenate([params['q'], params['plain'], params['k']], 1)
+    fused = jnp.concatenate([params['q'], plain, params['k']], 1)
     y = x @ fused
-    rows = jnp.concatenate([params['top'], params['low']])
     stack = jnp.stack([params['l0'], params['l1']])
     x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)
     for w in params['list']:
       x = jnp.tanh(x @ w)
-    return y, x @ rows
+    return y, x
 
   params = {
     'k': normal(12, 11),
     'l0': normal(12, 12, seed=1),
     'l1': normal(12, 12, seed=2),
     'list': normal(2, 12, 12),
-    'low': normal(8, 8),
-    'plain': normal(12, 2),
     'q': normal(12, 28),
-    'top': normal(4, 8),
   }
   layout = dict.fromkeys(params, 'io') | {'list': 'sio'}
   return Case(fn, params, (normal(5, 12),), layout)
+
+
+@case
+def weights_one_above_the_other():
+  def fn(params, x):
+    return x @ jnp.concatenate([params['top'], params['low']])
+
+  params = {'low': normal(8, 9), 'top': normal(4, 9)}
+  return Case(fn, params, (normal(5, 12),), {'low': 'io', 'top': 'io'})
 
 
 @case
@@ -405,7 +460,7 @@ def linen_transformer_scanned():
     Net(),
     jnp.array([[1, 5, 36, 0, 2]]),
     {
-      'params/Embed_0/embedding': 'io',
+      'params/Embed_0/embedding': 'vo',
       'params/blocks/Dense_0/kernel': 'sio',
       'params/blocks/Dense_1/kernel': 'sio',
       f'{attention}/key/kernel': 'sioo',
@@ -437,8 +492,8 @@ def linen_conv_net():
 
 def _linen(module, x, layout):
   args = (x, x) if 'inputs_kv' in _names(module) else (x,)
-  params = module.init(jax.random.key(0), *args)
-  return Case(module.apply, params, args, layout)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)
+  return Case(module.apply, filled(shapes), args, layout)
 
 
 def _names(module):
@@ -457,13 +512,15 @@ def nnx_mlp():
     def __call__(self, x):
       return self.down(nnx.gelu(self.up(x)))
 
-  graph, state = nnx.split(Net(nnx.Rngs(0)), nnx.Param)
+  net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+  graph, state = nnx.split(net, nnx.Param)
 
   def fn(params, x):
     return nnx.merge(graph, nnx.State(params))(x)
 
   layout = {'down/kernel': 'io', 'up/kernel': 'io'}
-  return Case(fn, nnx.to_pure_dict(state), (normal(5, 12),), layout)
+  params = filled(nnx.to_pure_dict(state))
+  return Case(fn, params, (normal(5, 12),), layout)
 
 
 @case
@@ -472,17 +529,19 @@ def haiku_mlp():
   net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([28, 7])(x)))
   x = normal(5, 12)
   layout = {'mlp/~/linear_0/w': 'io', 'mlp/~/linear_1/w': 'io'}
-  return Case(net.apply, net.init(jax.random.key(0), x), (x,), layout)
+  shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+  return Case(net.apply, filled(shapes), (x,), layout)
 
 
 @case
 def equinox_mlp():
   eqx = pytest.importorskip('equinox')
-  net = eqx.nn.MLP(12, 7, 28, 1, key=jax.random.key(0))
-  params, static = eqx.partition(net, eqx.is_array)
+  make = functools.partial(eqx.nn.MLP, 12, 7, 28, 1)
+  net = eqx.filter_eval_shape(make, key=jax.random.key(0))
+  shapes, static = eqx.partition(net, lambda x: hasattr(x, 'shape'))
 
   def fn(params, x):
     return jax.vmap(eqx.combine(params, static))(x)
 
   layout = {'layers/0/weight': 'oi', 'layers/1/weight': 'oi'}
-  return Case(fn, params, (normal(5, 12),), layout)
+  return Case(fn, filled(shapes), (normal(5, 12),), layout)

@@ -5,6 +5,7 @@ for the cost the FLOPs of x @ W + s ((x @ A) @ B) written by hand.
 """
 
 import dataclasses
+import functools
 
 import hypothesis
 import jax
@@ -18,8 +19,14 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_train import lora
 from lorax_train.lora import Adapter, Fixed, LoraSpec
+from lorax_train.lora.halves import is_half, path_of
 from tests.flops import dots, flops, subjaxprs, walk
 from tests.lora.cases import CASES, Case, normal
+
+# Most of the time here goes into compiling: as little of it as can be.
+jit = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
 
 
 def halves(params, layout, rank=3, **options):
@@ -62,7 +69,27 @@ def close(got, want, tolerance=1e-5):
 
 
 def oracle(fn):
-  return lambda frozen, t, *args: fn(lora.merge(frozen, t), *args)
+  return lambda frozen, t, *args: fn(merged(frozen, t), *args)
+
+
+def merged(frozen, trainable):
+  """`lora.merge`, but that DoRA's norm is a constant to the gradient."""
+
+  def join(fixed, own):
+    if not isinstance(own, Adapter) or own.m is None:
+      return lora.merge(fixed, own)
+    plain = lora.merge(
+      dataclasses.replace(fixed, norm2=None), dataclasses.replace(own, m=None)
+    )
+    axes = dict(zip('abcdefg', fixed.axes, strict=False))
+    all_, kept = ''.join(axes), [c for k in 'so' for c in axes if axes[c] == k]
+    kept = ''.join(kept)
+    norm = jnp.sqrt(jnp.einsum(f'{all_},{all_}->{kept}', plain, plain))
+    gain = own.m / lax.stop_gradient(norm)
+    w = jnp.einsum(f'{all_},{kept}->{all_}', plain, gain)
+    return w + lax.stop_gradient(lora.merge(fixed, own) - w)
+
+  return jax.tree.map(join, frozen, trainable, is_leaf=is_half)
 
 
 def adapted(case, rank=3, **options):
@@ -70,46 +97,69 @@ def adapted(case, rank=3, **options):
   return case.fn, *halves(case.params, case.layout, rank, **options)
 
 
-@pytest.mark.compat
-@pytest.mark.parametrize('name', CASES)
-def test_value_and_gradient_are_those_of_the_merged_weights(name):
-  fn, params, args, layout = CASES[name]()
-  frozen, trainable = halves(params, layout)
-  new = lora.transform(fn)
+def both_ways(fn, params, layout, args, materialise=False, **options):
+  """Result and gradient, by `transform` and by the merged weights.
+
+  Returns:
+    ((result, gradient) twice, the jaxpr of transform's).
+  """
+
+  def jitted(f):
+    def result_and_gradient(params, args):
+      frozen, trainable = halves(params, layout, **options)
+
+      def of(t):
+        result = f(frozen, t, *args)
+        return loss(result), result
+
+      return jax.grad(of, has_aux=True)(trainable)[::-1]
+
+    return jax.jit(result_and_gradient)
+
+  new = lora.transform(fn, materialise=materialise)
+  both = [jitted(f) for f in (new, oracle(fn))]
   with jax.default_matmul_precision('highest'):
-    close(new(frozen, trainable, *args), oracle(fn)(frozen, trainable, *args))
-    both = [
-      jax.jit(jax.grad(lambda t, f=f: loss(f(frozen, t, *args))))(trainable)
-      for f in (new, oracle(fn))
-    ]
-  close(*both)
+    results = jit(lambda *given: [f(*given) for f in both])(params, args)
+    return results, both[0].trace(params, args).jaxpr
+
+
+AS_MERGED = [(name, kind) for name in CASES for kind in ('lora', 'dora')]
+# Its columns are of two lengths each: see NO_RULE_OF_GAINS.
+AS_MERGED.remove(('weights_one_above_the_other', 'dora'))
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize('name', CASES)
-def test_the_backward_pass_makes_no_gradient_of_a_weight(name):
-  fn, params, args, layout = CASES[name]()
-  frozen, trainable = halves(params, layout)
-  new = lora.transform(fn)
-  jaxpr = jax.make_jaxpr(jax.grad(lambda t: loss(new(frozen, t, *args))))(
-    trainable
-  )
-  weights = {
+@pytest.mark.parametrize(('name', 'variant'), AS_MERGED)
+def test_as_of_merged_weights_without_a_gradient_of_a_weight(name, variant):
+  case = CASES[name]()
+  results, jaxpr = both_ways(*case[:2], case.layout, case.args, variant=variant)
+  close(*results)
+  assert not products_of(jaxpr) & weight_shapes(case)
+
+
+def weight_shapes(case):
+  """Sorted shapes of what is adapted, whole and one index of the stack."""
+  leaves = jax.tree_util.tree_leaves_with_path(case.params)
+  axes = [(leaf.shape, case.layout.get(path_of(at), '')) for at, leaf in leaves]
+  return {
     tuple(sorted(shape))
-    for leaf in jax.tree.leaves(frozen, is_leaf=is_fixed)
-    if isinstance(leaf, Fixed)
-    for shape in (leaf.w.shape, leaf.w.shape[leaf.scale.ndim :])
+    for whole, axes in axes
+    if axes
+    for shape in (whole, whole[axes.count('s') :])
   }
+
+
+def products_of(jaxpr):
+  """Sorted shapes of what products, convolutions and scatters give."""
   makers = {
     'dot_general', 'conv_general_dilated', 'ragged_dot_general', 'scatter-add'
   }  # fmt: skip
-  made = {
+  return {
     tuple(sorted(v.aval.shape))
     for eqn, _ in walk(jaxpr.jaxpr)
     if eqn.primitive.name in makers
     for v in eqn.outvars
   }
-  assert not made & weights
 
 
 def by_hand(x, w, a, b, scale):
@@ -170,10 +220,9 @@ HANDS = [
 def test_it_costs_what_the_formula_written_by_hand_costs(hand):
   fn, params, args, layout = CASES[hand.__name__.removeprefix('hand_')]()
   frozen, trainable = halves(params, layout)
+  fs = hand, oracle(fn)
   close(
-    loss(hand(frozen, trainable, *args)),
-    loss(oracle(fn)(frozen, trainable, *args)),
-    1e-4,
+    *jit(lambda t: [loss(f(frozen, t, *args)) for f in fs])(trainable), 1e-4
   )
   new = lora.transform(fn)
   got, want = (
@@ -217,7 +266,7 @@ def test_a_scan_saves_no_cast_copy_of_the_weights():
   jaxpr = jax.make_jaxpr(jax.grad(lambda t: loss(new(frozen, t, x))))(trainable)
   (forward, *_) = (e for e in jaxpr.eqns if e.primitive.name == 'scan')
   saved = {(v.aval.shape, v.aval.dtype) for v in forward.outvars}
-  assert ((3, 12, 12), jnp.bfloat16) not in saved
+  assert ((3, 12, 12), jnp.dtype(jnp.bfloat16)) not in saved
 
 
 @pytest.mark.compat
@@ -269,11 +318,11 @@ def test_a_while_loop_has_value_and_forward_derivative():
   case = while_case()
   fn, frozen, trainable = adapted(case)
   assert lora.layout(fn, case.params, *case.args) == case.layout
-  got, want = (
-    jax.jvp(lambda t, f=f: f(frozen, t, *case.args), [trainable], [trainable])
+  both = [
+    lambda t, f=f: jax.jvp(lambda t: f(frozen, t, *case.args), [t], [t])
     for f in (lora.transform(fn), oracle(fn))
-  )
-  close(got, want)
+  ]
+  close(*jit(lambda t: [f(t) for f in both])(trainable))
 
 
 @pytest.mark.compat
@@ -281,17 +330,25 @@ def test_under_vmap_over_adapters_and_over_examples():
   case = CASES['scan_over_layers']()
   fn, frozen, trainable = adapted(case)
   (x,) = case.args
-  many = jax.tree.map(lambda t: jnp.stack([t, -t, 2 * t]), trainable)
-  new = lora.transform(fn)
-  got = jax.jit(jax.vmap(new, (None, 0, None)))(frozen, many, x)
-  each = [jax.tree.map(lambda t, i=i: t[i], many) for i in range(3)]
-  close(got, jnp.stack([oracle(fn)(frozen, t, x) for t in each]))
+  fs = lora.transform(fn), oracle(fn)
 
-  def of_one(f, t, x):
-    return loss(f(frozen, t, x[None]))
+  @jit
+  def over_adapters(t, x):
+    many = jax.tree.map(lambda t: jnp.stack([t, -t, 2 * t]), t)
+    each = [jax.tree.map(lambda t, i=i: t[i], many) for i in range(3)]
+    got = jax.vmap(fs[0], (None, 0, None))(frozen, many, x)
+    return got, jnp.stack([fs[1](frozen, t, x) for t in each])
 
-  per_example = jax.vmap(jax.grad(of_one, 1), (None, None, 0))
-  close(per_example(new, trainable, x), per_example(oracle(fn), trainable, x))
+  @jit
+  def over_examples(t, x):
+    def of_one(f, t, x):
+      return loss(f(frozen, t, x[None]))
+
+    grads = jax.vmap(jax.grad(of_one, 1), (None, None, 0))
+    return [grads(f, t, x) for f in fs]
+
+  close(*over_adapters(trainable, x))
+  close(*over_examples(trainable, x))
 
 
 def test_under_jit_checkpoint_and_a_scan_of_training_steps():
@@ -307,9 +364,10 @@ def test_under_jit_checkpoint_and_a_scan_of_training_steps():
       )(t)
       return jax.tree.map(lambda p, g: p - 1e-2 * g, t, grads), value
 
-    return jax.jit(lambda t: lax.scan(step, t, length=4))(trainable)
+    return lambda t: lax.scan(step, t, length=4)
 
-  close(trained(lora.transform(fn)), trained(oracle(fn)))
+  both = trained(lora.transform(fn)), trained(oracle(fn))
+  close(*jit(lambda t: [f(t) for f in both])(trainable))
 
 
 def test_arguments_that_are_no_arrays_steer_python_as_before():
@@ -332,9 +390,11 @@ def test_a_plain_array_in_trainable_takes_the_place_of_the_leaf():
   whole = dict(lora.merge(dict(frozen, b1=bias), dict(trainable, b1=None)))
   new = lora.transform(fn)
   close(new(frozen, trainable, *case.args), fn(whole, *case.args))
-  grads = jax.grad(lambda t: loss(new(frozen, t, *case.args)))(trainable)
-  want = jax.grad(lambda b: loss(fn(dict(whole, b1=b), *case.args)))(bias)
-  close(grads['b1'], want)
+  got, want = jit(lambda: (
+    jax.grad(lambda t: loss(new(frozen, t, *case.args)))(trainable)['b1'],
+    jax.grad(lambda b: loss(fn(dict(whole, b1=b), *case.args)))(bias),
+  ))()  # fmt: skip
+  close(got, want)
 
 
 @pytest.mark.parametrize(
@@ -385,9 +445,11 @@ NO_RULE = {
   )[0],
   'integer': lambda x, w: x @ w.astype(jnp.int32).astype(jnp.float32),
   'in groups': lambda x, w: lax.conv_general_dilated(
-    x.reshape(1, 5, 12), w.reshape(1, 12, 12)[..., :1, :],
-    (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'),
-    feature_group_count=12,
+    x.T.reshape(2, 5, 6) @ x[:, :6].T @ x, w.reshape(1, 12, 12),
+    (1,), 'SAME', dimension_numbers=('NHC', 'HIO', 'NHC'), batch_group_count=2,
+  ),
+  'weights on the right': lambda x, w: lax.ragged_dot(
+    w, jnp.stack([x.T, -x.T]), jnp.array([4, 8])
   ),
   'from the function': lambda x, w: (x, w),
 }  # fmt: skip
@@ -397,21 +459,36 @@ NO_RULE = {
 @pytest.mark.parametrize('message', NO_RULE)
 def test_what_has_no_low_rank_rule_says_so_or_is_materialised(message):
   fn = lambda params, x: NO_RULE[message](x, params['block']['w'])  # noqa: E731
-  frozen, trainable = halves(
-    {'block': {'w': normal(12, 12)}}, {'block/w': 'io'}
-  )
-  x = normal(5, 12)
+  params, layout = {'block': {'w': normal(12, 12)}}, {'block/w': 'io'}
+  refused(fn, params, layout, normal(5, 12), message, 'block/w')
+
+
+def refused(fn, params, layout, x, *parts, **options):
+  """There is an error of these parts, and none where it may materialise."""
   with pytest.raises(lora.LowRankError) as caught:
-    lora.transform(fn)(frozen, trainable, x)
-  for part in (message, 'block/w', 'materialise=True', 'targets'):
+    jax.eval_shape(
+      lambda: lora.transform(fn)(*halves(params, layout, **options), x)
+    )
+  for part in (*parts, 'materialise=True', 'targets'):
     assert part in str(caught.value)
-  formed = lora.transform(fn, materialise=True)
-  got, want = (
-    (f(frozen, trainable, x),
-     jax.grad(lambda t, f=f: loss(f(frozen, t, x)))(trainable))
-    for f in (formed, oracle(fn))
-  )  # fmt: skip
-  close(got, want, 2e-5)
+  results, _ = both_ways(fn, params, layout, (x,), materialise=True, **options)
+  close(*results, 2e-5)
+
+
+NO_RULE_OF_GAINS = {
+  'along an in axis': lambda x, w: x @ jnp.concatenate([w[0, :4], w[1, 4:]]),
+  'over a stack': lambda x, w: jnp.einsum(
+    'ltd,ldf->tf', jnp.stack([x, x + 1.0, x * x]), w
+  ),
+  'other operand': lambda x, w: jnp.einsum('tf,ldf->tld', x[:, :8], w),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('message', NO_RULE_OF_GAINS)
+def test_where_columns_of_dora_have_no_length_of_their_own(message):
+  fn = lambda params, x: NO_RULE_OF_GAINS[message](x, params['w'])  # noqa: E731
+  params = {'w': normal(3, 12, 8)}
+  refused(fn, params, {'w': 'sio'}, normal(5, 12), message, variant='dora')
 
 
 def test_an_error_names_the_line():
@@ -428,44 +505,69 @@ def test_a_custom_vjp_may_be_inlined():
   frozen, trainable = halves({'w': normal(12, 28)}, {'w': 'io'})
   x = normal(5, 12)
   new = lora.transform(fn, inline_custom_vjp=True)
-  got, want = (
-    jax.value_and_grad(lambda t, f=f: loss(f(frozen, t, x)))(trainable)
-    for f in (new, oracle(fn))
-  )
-  close(got, want)
+  fs = new, oracle(fn)
+  close(*jit(lambda t: [
+    jax.value_and_grad(lambda t, f=f: loss(f(frozen, t, x)))(t) for f in fs
+  ])(trainable))  # fmt: skip
   made = [shape for _, shape in dots(
     jax.grad(lambda t: loss(new(frozen, t, x))), trainable
   )]  # fmt: skip
   assert (12, 28) not in made
 
 
-def test_dropout_falls_on_the_adapter_s_input_as_bind_has_it():
+OF_DROPOUT = [
+  {},
+  {'init': 'pissa'},
+  {'variant': 'dora'},
+  {'init': 'olora', 'variant': 'dora'},
+]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('options', OF_DROPOUT)
+def test_dropout_falls_on_the_adapter_s_input_as_bind_has_it(options):
   def fn(params, x):
     layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
     return lax.scan(layer, x @ params['w'], params['layers'])[0]
 
   params = {'w': normal(12, 12), 'layers': normal(3, 12, 12)}
-  frozen, trainable = halves(params, {'w': 'io', 'layers': 'sio'}, dropout=0.4)
-  key, x, new = jax.random.key(5), normal(5, 12), lora.transform(fn)
-  got = new(frozen, trainable, x, key=key)
-  close(got, fn(lora.bind(frozen, trainable, key), x))
-  assert not np.allclose(got, new(frozen, trainable, x))
+  layout = {'w': 'io', 'layers': 'sio'}
+  frozen, trainable = halves(params, layout, dropout=0.4, **options)
+  x, new = normal(5, 12), lora.transform(fn)
+
+  def bound(frozen, t, x, key=None):
+    return fn(lora.bind(frozen, t, key), x)
+
+  @jit
+  def both(t, key):
+    return [
+      jax.value_and_grad(lambda t, f=f: loss(f(frozen, t, x, key=key)))(t)
+      for f in (new, bound)
+    ]
+
+  got, want = both(trainable, jax.random.key(5))
+  close(got, want)
+  assert not np.allclose(got[0], both(trainable, jax.random.key(6))[0][0])
 
 
-def test_dropout_before_a_convolution_is_that_before_a_product():
+@pytest.mark.parametrize('options', OF_DROPOUT[::3])
+def test_dropout_before_a_convolution_is_that_before_a_product(options):
   x, key = normal(1, 2, 5, 12), jax.random.key(5)
   numbers = ('NHWC', 'HWIO', 'NHWC')
   conv = lambda params, x: lax.conv_general_dilated(  # noqa: E731
     x, params['w'], (1, 1), 'VALID', dimension_numbers=numbers
   )
   w = normal(12, 28)
-  frozen, trainable = halves({'w': w}, {'w': 'io'}, dropout=0.4)
+  frozen, trainable = halves({'w': w}, {'w': 'io'}, dropout=0.4, **options)
   want = x @ lora.bind(frozen, trainable, key)['w']
   fixed, own = frozen['w'], trainable['w']
-  frozen = dataclasses.replace(fixed, w=w[None, None], axes='iiio')
-  own = Adapter(own.a[:, None, None], own.b)
+  kernel_of = lambda a: None if a is None else a[:, None, None]  # noqa: E731
+  fixed = dataclasses.replace(
+    fixed, w=w[None, None], axes='iiio', a0=kernel_of(fixed.a0)
+  )
+  own = dataclasses.replace(own, a=kernel_of(own.a))
   new = lora.transform(conv)
-  close(new({'w': frozen}, {'w': own}, x, key=key), want)
+  close(new({'w': fixed}, {'w': own}, x, key=key), want)
 
 
 @pytest.mark.parametrize('what', ['head', 'look-up'])
@@ -486,8 +588,9 @@ def test_dropout_without_an_input_is_an_error(what):
 
 
 @pytest.mark.compat
+@pytest.mark.parametrize('variant', ['lora', 'dora'])
 @pytest.mark.parametrize('spec', [P(), P('d'), P(None, 'd')])
-def test_a_shard_map_takes_a_weight_however_it_lies(spec):
+def test_a_shard_map_takes_a_weight_however_it_lies(spec, variant):
   mesh = jax.make_mesh(
     (2,), ('d',), axis_types=(jax.sharding.AxisType.Auto,),
     devices=jax.devices()[:2],
@@ -504,13 +607,9 @@ def test_a_shard_map_takes_a_weight_however_it_lies(spec):
       shard, mesh=mesh, in_specs=(x_spec, spec), out_specs=out
     )(x, params['w'])
 
-  frozen, trainable = halves({'w': normal(12, 28)}, {'w': 'io'})
-  x = normal(6, 12)
-  got, want = (
-    jax.jit(jax.value_and_grad(lambda t, f=f: loss(f(frozen, t, x))))(trainable)
-    for f in (lora.transform(fn), oracle(fn))
-  )
-  close(got, want)
+  params, x = {'w': normal(12, 28)}, normal(6, 12)
+  results, _ = both_ways(fn, params, {'w': 'io'}, (x,), variant=variant)
+  close(*results)
 
 
 def test_tracing_needs_no_promotion_of_dtypes_or_ranks(strict):
@@ -521,51 +620,93 @@ def test_tracing_needs_no_promotion_of_dtypes_or_ranks(strict):
     if name == 'scan_over_layers':
       fn = lambda p, x: lax.scan(  # noqa: E731
         lambda x, w: (x @ w['up'] @ w['down'], None), x, p)[0]  # fmt: skip
-    jax.eval_shape(
-      lambda: lora.transform(fn)(*halves(params, layout), *args)  # noqa: B023
-    )
+    for variant in ('lora', 'dora'):
+      shapes = jax.eval_shape(
+        functools.partial(halves, layout=layout, variant=variant), params
+      )
+      jax.eval_shape(lora.transform(fn), *shapes, *args)
 
 
 @pytest.mark.compat
 @pytest.mark.parametrize('init', ['pissa', 'olora'])
 def test_factors_taken_from_the_base(init):
-  case = CASES['einsum_heads']()
-  fn, frozen, trainable = adapted(case, init=init)
-  new = lora.transform(fn)
-  got, want = (
-    jax.grad(lambda t, f=f: loss(f(frozen, t, *case.args)))(trainable)
-    for f in (new, oracle(fn))
-  )
-  close(got, want)
-  key = jax.random.key(0)
+  fn, params, args, layout = CASES['einsum_heads']()
+  results, _ = both_ways(fn, params, layout, args, init=init)
+  close(*results)
   spec = LoraSpec('.*', rank=3, init=init)
-  start = lora.split(key, case.params, spec, layout=case.layout)
-  close(new(*start, *case.args), fn(case.params, *case.args))
+
+  @jit
+  def at_the_start(key):
+    start = lora.split(key, params, spec, layout=layout)
+    return lora.transform(fn)(*start, *args), fn(params, *args)
+
+  close(*at_the_start(jax.random.key(0)))
 
 
 def test_a_frozen_a_gets_no_gradient():
-  case = CASES['two_dense']()
-  fn, frozen, trainable = adapted(case, variant='lora_fa')
-  grads, want = (
-    jax.grad(lambda t, f=f: loss(f(frozen, t, *case.args)))(trainable)
-    for f in (lora.transform(fn), oracle(fn))
-  )
-  assert grads['w1'].a is None
-  close(grads, want)
+  fn, params, args, layout = CASES['two_dense']()
+  results, _ = both_ways(fn, params, layout, args, variant='lora_fa')
+  close(*results)
+  assert results[0][1]['w1'].a is None
 
 
-def test_dora_is_refused():
-  fn = lambda params, x: x @ params['w']  # noqa: E731
-  halved = lora.split(
-    jax.random.key(0), {'w': normal(12, 28)}, LoraSpec('w', variant='dora')
-  )
-  with pytest.raises(ValueError, match='w: transform has no DoRA'):
-    lora.transform(fn)(*halved, normal(5, 12))
+@pytest.mark.compat
+def test_dora_of_a_stack_in_bfloat16_and_of_one_that_has_no_adapter():
+  fn = lambda params, x: lax.scan(  # noqa: E731
+    lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None), x, params['w']
+  )[0]
+  params = {'w': normal(3, 12, 12, dtype=jnp.bfloat16)}
+  frozen, trainable = halves(params, {'w': 'sio'}, variant='dora')
+  scale = jnp.array([2.0, 0.0, 0.5])
+  frozen = {'w': dataclasses.replace(frozen['w'], scale=scale)}
+  x, new = normal(5, 12), jax.jit(lora.transform(fn))
+  close(new(frozen, trainable, x), oracle(fn)(frozen, trainable, x), 2e-2)
+  jaxpr = new.trace(frozen, trainable, x).jaxpr
+  made = {(v.aval.shape, v.aval.dtype) for eqn, _ in walk(jaxpr.jaxpr)
+          for v in eqn.outvars}  # fmt: skip
+  assert ((3, 12, 12), jnp.dtype(jnp.float32)) not in made
+
+
+def test_weights_with_and_without_dora_in_one_stack():
+  def fn(params, x):
+    # Cut along its in axis and put together again, a weight has one length.
+    whole = jnp.concatenate(jnp.split(params['a'], 2))
+    stack = jnp.stack([params['a'], params['b'], whole])
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+  params = {'a': normal(12, 12), 'b': normal(12, 12, seed=1)}
+  frozen, trainable = halves(params, {'a': 'io', 'b': 'io'}, variant='dora')
+  frozen['b'] = dataclasses.replace(frozen['b'], norm2=None)
+  trainable['b'] = dataclasses.replace(trainable['b'], m=None)
+  fs, x = (lora.transform(fn), oracle(fn)), normal(5, 12)
+  close(*jit(lambda t: [f(frozen, t, x) for f in fs])(trainable))
+
+
+@pytest.mark.parametrize(
+  ('axes', 'shape', 'dim'), [('io', (12, 28), 1), ('sio', (3, 12, 28), 0)]
+)
+def test_what_lies_outside_of_a_weight_has_no_length(axes, shape, dim):
+  def fn(params, x, ids):
+    return x @ jnp.take(params['w'], ids, dim, mode='fill', fill_value=0.5)
+
+  params, args = {'w': normal(*shape)}, (normal(5, 12), jnp.array([2, 99, 1]))
+  results, _ = both_ways(fn, params, {'w': axes}, args, variant='dora')
+  close(*results)
+
+
+@pytest.mark.parametrize('rows', [(), (3, 30)])
+def test_beside_an_embedding_that_is_trained_itself(rows):
+  fn, params, args, layout = CASES['tied_embedding']()
+  which = {'modules_to_save': 'embed'}
+  if rows:
+    which = {'trainable_token_indices': {'embed': rows}, 'exclude': 'embed'}
+  results, _ = both_ways(fn, params, layout, args, **which)
+  close(*results)
 
 
 @st.composite
 def products(draw):
-  """(subscripts, sizes, axes of w) of x,w->y or w,x->y."""
+  """(subscripts, sizes, axes of w, variant) of x,w->y or w,x->y."""
   letters = 'abcdefg'
   kinds = draw(
     st.lists(st.sampled_from('sio'), min_size=2, max_size=4).filter(
@@ -581,13 +722,14 @@ def products(draw):
   left, right = ''.join(x), ''.join(w)
   if draw(st.booleans()):
     left, right = right, left
-  return f'{left},{right}->{"".join(y)}', sizes, ''.join(kinds)
+  variant = draw(st.sampled_from(['lora', 'dora']))
+  return f'{left},{right}->{"".join(y)}', sizes, ''.join(kinds), variant
 
 
 @hypothesis.given(products())
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_product_of_a_weight(case):
-  subscripts, sizes, axes = case
+  subscripts, sizes, axes, variant = case
   left, right = subscripts.partition('->')[0].split(',')
   w_letters = 'abcdefg'[: len(axes)]
   w_first = left == w_letters
@@ -599,11 +741,13 @@ def test_any_product_of_a_weight(case):
 
   params = {'w': normal(*(sizes[c] for c in w_letters))}
   x = normal(*(sizes[c] for c in x_letters), seed=4)
-  frozen, trainable = halves(params, {'w': axes}, rank=2)
-  got, want = (
-    f(frozen, trainable, x) for f in (lora.transform(fn), oracle(fn))
-  )
-  close(got, want)
+
+  @jit
+  def both(params, x):
+    frozen, trainable = halves(params, {'w': axes}, rank=2, variant=variant)
+    return [f(frozen, trainable, x) for f in (lora.transform(fn), oracle(fn))]
+
+  close(*both(params, x))
   if min(sizes[c] for c in w_letters) > 1:
     assert lora.layout(fn, params, x) == {'w': axes}
 

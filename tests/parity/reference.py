@@ -79,6 +79,24 @@ def random_ids(seed, vocab=DIMS['vocab_size'], shape=(3, 17)):
   return np.random.default_rng(seed).integers(0, vocab, shape, np.int32)
 
 
+def loss(model, ids):
+  """Mean next-token cross-entropy over all tokens, as a tensor."""
+  logits = model(torch.tensor(ids.astype(np.int64))).logits
+  return torch.nn.functional.cross_entropy(
+    logits[:, :-1].flatten(0, 1), torch.tensor(ids[:, 1:]).long().flatten()
+  )
+
+
+def train(model, ids, steps, rate, weight_decay):
+  """Steps of AdamW on all that wants a gradient."""
+  weights = [w for w in model.parameters() if w.requires_grad]
+  optimizer = torch.optim.AdamW(weights, rate, weight_decay=weight_decay)
+  for _ in range(steps):
+    optimizer.zero_grad()
+    loss(model, ids).backward()
+    optimizer.step()
+
+
 @torch.no_grad()
 def logits(model, ids, mask=None):
   """[B, T, V] float32."""

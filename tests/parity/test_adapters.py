@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from lorax_train import lora, parallel
 from lorax_train.formats import hf, hf_config, peft
 from lorax_train.infer.load import load_params
+from lorax_train.lora import algebra
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
 from tests.formats.refusals import refusal
@@ -150,9 +151,15 @@ def our_adapter(directory, spec):
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   params = hf.load_params(directory, cfg, jnp.float32, mesh)
   names = params_lib.module_names(cfg)
-  frozen, trainable = lora.split(jax.random.key(3), params, spec, names)
+  frozen, trainable = lora.split(
+    jax.random.key(3), params, spec, names, params_lib.layout(cfg)
+  )
 
   def randomise(a):
+    if not a.a.any():  # an embedding's, whose B is random already
+      return lora.Adapter(
+        0.1 * jax.random.normal(jax.random.key(5), a.a.shape), a.b
+      )
     # Rows past a module's true rank are zero in A and stay so in B.
     live = jnp.any(a.a != 0, axis=-1, keepdims=True)
     b = 0.1 * jax.random.normal(jax.random.key(4), a.b.shape)
@@ -219,3 +226,29 @@ def test_the_adapter_in_bfloat16_costs_what_it_costs_peft(directory, tmp_path):
   # PEFT keeps its factors and their products in float32: a few roundings less
   # of a part of each linear's result.
   assert error(ours) < 1.25 * error(theirs)
+
+
+def test_a_mixture_there(directory, tmp_path):
+  specs = (
+    lora.LoraSpec('q_proj,lm_head', rank=2, rank_pattern={'lm_head': 3}),
+    lora.LoraSpec('q_proj,up_proj', rank=4, layers_to_transform=(1, 2)),
+  )
+  cfg, frozen, trainable, names = our_adapter(directory, specs[0])
+  _, other, factors, _ = our_adapter(directory, specs[1])
+  updates = [
+    algebra.as_update(frozen, trainable), algebra.as_update(other, factors)
+  ]  # fmt: skip
+  mixture = algebra.cat(updates, (0.7, -1.5))
+  _, every, _, _ = our_adapter(
+    directory, lora.LoraSpec('q_proj,up_proj,lm_head')
+  )
+  halves = algebra.as_adapter(every, mixture)
+  spec = lora.spec_of(halves[0], names)
+  peft.save_adapter(tmp_path, *halves, names, spec, str(directory))
+  model = their_peft.PeftModel.from_pretrained(
+    reference.load_model(directory), tmp_path
+  ).eval()
+  ours = jax.jit(Decoder(cfg).apply)({'params': lora.merge(*halves)}, IDS)
+  close(reference.logits(model, IDS), ours)
+  apply, params = load_params(directory, adapter=str(tmp_path))
+  close(jax.jit(apply)(params, jnp.asarray(IDS)), ours)

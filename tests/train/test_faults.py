@@ -73,7 +73,13 @@ def start(folder, run_dir):
   return subprocess.Popen(
     [sys.executable, '-m', 'lorax_train.main', *command(folder, run_dir)],
     cwd=ROOT,
-    env={**env, 'JAX_PLATFORMS': 'cpu'},
+    env={
+      **env,
+      'JAX_PLATFORMS': 'cpu',
+      # Compiled once for all of these processes, one after the other.
+      'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    },
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -229,7 +235,7 @@ def write_adapter(directory, value):
     directory,
     frozen,
     trainable,
-    setup.Adapters(names, spec, placed, None),
+    setup.Adapters(None, names, {}, {}, spec, placed, None),
     config.TrainConfig(),
     'some/base',
     None,

@@ -29,7 +29,9 @@ def make_config(model, rows, run_dir, **sections):
     path=str(model), dtype='float32', param_dtype='float32', remat='none'
   )
   mapping['lora'].update(targets='q_proj,v_proj', rank=4, alpha=8.0)
-  mapping['data'].update(path=str(rows), template='alpaca', max_length=320)
+  mapping['data'].update(
+    path=str(rows), template='alpaca', max_length=64, truncation='left'
+  )
   mapping['train'].update(
     steps=4, batch_size=8, learning_rate=1e-2, schedule='constant'
   )
