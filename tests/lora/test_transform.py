@@ -6,6 +6,7 @@ for the cost the FLOPs of x @ W + s ((x @ A) @ B) written by hand.
 
 import dataclasses
 import functools
+import math
 
 import hypothesis
 import jax
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from lorax_train import lora
-from lorax_train.lora import Adapter, Fixed, LoraSpec
+from lorax_train.lora import Adapter, Fixed, LoraSpec, axes
 from lorax_train.lora.halves import is_half, path_of
 from tests.flops import dots, flops, subjaxprs, walk
 from tests.lora.cases import CASES, Case, normal
@@ -229,6 +230,59 @@ def test_it_costs_what_the_formula_written_by_hand_costs(hand):
     flops(jax.grad(lambda t, f=f: loss(f(frozen, t, *args))), trainable)
     for f in (new, hand)
   )
+  assert got == pytest.approx(want, rel=0.02)
+
+
+def costs(fn, *args):
+  """(FLOPs over all runs, sizes of the operands) of each product and conv."""
+  for eqn, times in walk(jax.make_jaxpr(fn)(*args).jaxpr):
+    shapes = [v.aval.shape for v in eqn.invars[:2]]
+    out = math.prod(eqn.outvars[0].aval.shape)
+    if eqn.primitive.name == 'dot_general':
+      inner = eqn.params['dimension_numbers'][0][0]
+      k = math.prod(shapes[0][d] for d in inner)
+    elif eqn.primitive.name == 'ragged_dot_general':
+      numbers = eqn.params['ragged_dot_dimension_numbers']
+      k = math.prod(shapes[0][d] for d in numbers.dot_dimension_numbers[0][0])
+    elif eqn.primitive.name == 'conv_general_dilated':
+      spec = eqn.params['dimension_numbers'].rhs_spec
+      k = math.prod(shapes[1]) // shapes[1][spec[0]]
+    else:
+      continue
+    yield 2 * out * k * times, {math.prod(shape) for shape in shapes}
+
+
+STRANGERS = [
+  *('einsum_heads', 'einsum_keys_and_values', 'scan_over_layers'),
+  *('experts_ragged', 'experts_batched', 'custom_rules_on_activations'),
+  *('linen_mlp', 'linen_attention', 'linen_transformer_scanned'),
+  *('linen_conv_net', 'nnx_mlp', 'haiku_mlp', 'equinox_mlp'),
+]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('name', STRANGERS)
+def test_it_adds_the_two_factors_to_each_product_and_no_more(name):
+  rank = 3
+  case = CASES[name]()
+  frozen, trainable = jax.eval_shape(lambda: halves(case.params, case.layout))
+  # By size, of one index of a stack and of all: (1 / in + 1 / out).
+  extra = {}
+  for half in filter(is_fixed, jax.tree.leaves(frozen, is_leaf=is_fixed)):
+    stack, n_in, n_out = (
+      math.prod(axes.sizes(half.w.shape, half.axes, k)) for k in 'sio'
+    )
+    for n in {1, stack}:
+      cost = 1 / n_in + 1 / n_out
+      assert extra.setdefault(n * n_in * n_out, cost) == pytest.approx(cost)
+  want = used = 0
+  for n, operands in costs(case.fn, case.params, *case.args):
+    weights = [size for size in operands if size in extra]
+    want += n * (1 + rank * sum(extra[size] for size in weights))
+    used += len(weights)
+  assert used >= len(case.layout)
+  new = lora.transform(case.fn)
+  got = sum(n for n, _ in costs(new, frozen, trainable, *case.args))
   assert got == pytest.approx(want, rel=0.02)
 
 
