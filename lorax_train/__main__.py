@@ -196,7 +196,9 @@ def evaluate(argv: Sequence[str]) -> int:
   which.add_argument('--model', help=_SHARED['--model']['help'])
   of_file = parser.add_argument_group('with --model')
   of_file.add_argument('--data', help='.json or .jsonl file, or a hub id')
-  of_file.add_argument('--template', choices=(*TEMPLATES, TOKENS))
+  of_file.add_argument(
+    '--template', help=f'{", ".join((*TEMPLATES, TOKENS))}, or your own'
+  )
   of_file.add_argument('--adapter', **_SHARED['--adapter'])
   of_file.add_argument('--max-length', type=int, help='of a row in tokens; 512')
   of_file.add_argument(

@@ -19,10 +19,14 @@ from lorax_train.lora import LoraSpec
 _CHOICES = 'choices'
 _AT_LEAST = 'at_least'
 _BELOW = 'below'
+_OWN = 'own'
 
 
-def _key(default: Any, *, choices=None, at_least=None, below=None) -> Any:
-  metadata = {_CHOICES: choices, _AT_LEAST: at_least, _BELOW: below}
+def _key(
+  default: Any, *, choices=None, at_least=None, below=None, own=''
+) -> Any:
+  """A key; what has one of the characters in `own` need be no choice."""
+  metadata = {_CHOICES: choices, _AT_LEAST: at_least, _BELOW: below, _OWN: own}
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -95,8 +99,13 @@ class DataSection:
   """The rows.
 
   Attributes:
-    path: .json or .jsonl file (also .gz), or a hub id.
-    template: how a row becomes a prompt and what is learned.
+    path: .json, .jsonl, .csv or .tsv file (also .gz), .parquet, .arrow or
+      .feather file, a directory of files of one of these kinds or made by
+      `save_to_disk`, or a hub id.
+    template: how a row becomes a prompt and what is learned, by name; or a
+      format string over its columns, learned from {|} on,
+      'Q: {question} A:{|} {answer}'; or a function, 'module:function', that
+      makes of a row a dict of prompt and completion.
     eval_path: held-out rows; '' takes eval.rows rows out of `path`.
     max_length: longest row in tokens.
     truncation: a longer row is dropped, has its prompt cut on the left, or is
@@ -108,6 +117,7 @@ class DataSection:
   template: str = _key(
     'alpaca',
     choices=('alpaca', 'uno_reverse', 'prompt_completion', 'text', 'tokens'),
+    own='{}:',
   )
   eval_path: str = ''
   max_length: int = _key(512, at_least=2)
@@ -350,11 +360,12 @@ def _value(
     value = float(value)
   choices = metadata.get(_CHOICES)
   at_least, below = metadata.get(_AT_LEAST), metadata.get(_BELOW)
+  own = set(str(metadata.get(_OWN, '')))
   if type(value) is not kind:
     problems.append(
       f'{where} is {value!r}, a {type(value).__name__}, not a {kind.__name__}'
     )
-  elif choices and value not in choices:
+  elif choices and value not in choices and not own & set(str(value)):
     near = difflib.get_close_matches(str(value), choices, 1)
     hint = f' (did you mean {near[0]}?)' if near else ''
     problems.append(f'{where} is {value!r}, none of {", ".join(choices)}{hint}')

@@ -59,7 +59,8 @@ THEIRS = {
   'parallel': {'jax', 'numpy'},
   'models': {'jax', 'flax', 'numpy'},
   'data': {
-    'numpy', 'tokenizers', 'sentencepiece', 'datasets', 'huggingface_hub'
+    'numpy', 'tokenizers', 'sentencepiece', 'datasets', 'huggingface_hub',
+    'pyarrow',
   },
 }  # fmt: skip
 
@@ -70,6 +71,7 @@ ONLY_IN = {
   'orbax': {'train/checkpoint.py'},
   'flax': {'models/'},
   'datasets': {'data/'},
+  'pyarrow': {'data/arrow.py'},
   'tokenizers': {'data/tokenize.py'},
   'sentencepiece': {'data/tokenize.py'},
   'huggingface_hub': {'data/', 'formats/'},
@@ -162,9 +164,9 @@ def test_every_package_imported_is_a_dependency(file):
     re.split(r'[>=\[]', line.strip().strip('",'))[0].replace('-', '_')
     for line in listed.splitlines()
   }
-  # absl-py, orbax-checkpoint; ml_dtypes is jax's own, and comes with it; gguf
+  # absl-py, orbax-checkpoint; ml_dtypes comes with jax, pyarrow with datasets; gguf
   # is an extra of its own.
-  names |= {'absl', 'orbax', 'ml_dtypes', 'gguf'}
+  names |= {'absl', 'orbax', 'ml_dtypes', 'pyarrow', 'gguf'}
   assert theirs(file) <= names
 
 

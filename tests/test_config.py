@@ -131,6 +131,7 @@ MISTAKES = [
   ('model.dtype', '', ['bfloat16, float32']),
   ('train.schedule', 'cosin', ['did you mean cosine?', 'constant, linear']),
   ('data.template', 'alpacka', ['did you mean alpaca?', 'uno_reverse']),
+  ('data.template', 'my_module', ['none of alpaca', 'text, tokens']),
   ('data.truncation', 'right', ['drop, left, error']),
   ('model.remat', 'some', ['none, dots, full']),
   ('method', 'full', ["'full'", 'lora']),

@@ -1,4 +1,4 @@
-"""Rows from a JSON or JSONL file, or from the Hugging Face hub.
+"""Rows from files, directories of them, or from the Hugging Face hub.
 
 Every row remembers where it came from, so that whatever is found wrong with it
 later can be told as `file:line`.
@@ -13,17 +13,24 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lorax_train.data.problems import Problem, describe, one_line, shorten
+from lorax_train.data import arrow, folder, tables
+from lorax_train.data.problems import Problem, one_line, shorten
+from lorax_train.data.rows import (
+  BOM,
+  MAX_LINE_BYTES,
+  File,
+  Row,
+  bad_byte,
+  decode,
+  refuse,
+)
 from lorax_train.errors import DataError
 
-# A longer line is a file that is not JSONL (or lost its newlines): parsing it
-# would only take the memory of the machine.
-MAX_LINE_BYTES = 64 * 2**20
-
-_SUFFIXES = ('.json', '.jsonl', '.json.gz', '.jsonl.gz')
-_BOM = b'\xef\xbb\xbf'
+_TEXT = ('.json', '.jsonl', '.csv', '.tsv')
+_BINARY = ('.parquet', '.arrow', '.feather')
+_SUFFIXES = (*_TEXT, *(f'{suffix}.gz' for suffix in _TEXT), *_BINARY)
 _BLANK = ' \t\r\n'  # what JSON calls white space
 _SKIP_BLANK = re.compile(f'[{_BLANK}]*')
 
@@ -32,21 +39,20 @@ _SKIP_BLANK = re.compile(f'[{_BLANK}]*')
 _PROBE_SECONDS = 5.0
 
 
-class Row(NamedTuple):
-  """One object of the data and its place: `rows.jsonl:17`."""
-
-  fields: dict[str, Any]
-  where: str
-
-
 def read_rows(path: str, split: str = 'train') -> list[Row]:
-  """Reads a local file, or else a data set of the hub.
+  """Reads a local file or directory, or else a data set of the hub.
 
   Args:
-    path: a file (`.json` holding an array of objects, `.jsonl`, either also
-      with `.gz`) or a hub id such as `llm-wizard/alpaca-gpt4-data`. What exists
-      on disk, ends like a file or starts with `.`, `/` or `~` is local.
-    split: the split of a hub data set. Local files have none.
+    path: one of
+      - a file: `.json` holding an array of objects, `.jsonl`, `.csv` or `.tsv`
+        with a header, each also with `.gz`; `.parquet`; `.arrow`, `.feather`.
+      - a directory of such files of one kind, read in the order of their
+        names, or one that `save_to_disk` of `datasets` made.
+      - a hub id such as `llm-wizard/alpaca-gpt4-data`.
+      What exists on disk, ends like a file or starts with `.`, `/` or `~` is
+      local.
+    split: the split of a hub data set or of a saved DatasetDict. Files have
+      none.
 
   Returns:
     The rows, in the order of the file. Never empty.
@@ -57,7 +63,9 @@ def read_rows(path: str, split: str = 'train') -> list[Row]:
   local = Path(path).expanduser()
   looks_local = path.startswith(('.', '/', '~')) or path.endswith(_SUFFIXES)
   if looks_local or os.path.exists(local):
-    rows = _read_file(local, path)
+    rows = [
+      row for file in _files(local, path, split) for row in _read_file(file)
+    ]
   else:
     rows = _read_hub(path, split)
   if not rows:
@@ -65,17 +73,26 @@ def read_rows(path: str, split: str = 'train') -> list[Row]:
   return rows
 
 
-def _read_file(local: Path, path: str) -> list[Row]:
+def _files(local: Path, path: str, split: str) -> list[File]:
   if not local.exists():
     raise DataError(f'{path}: no such file; check --config.data.path')
   if local.is_dir():
-    raise DataError(f'{path}: a directory; pass a .json or .jsonl file')
+    return folder.files_of(local, path, split, (*_TEXT, *_BINARY))
   if not path.endswith(_SUFFIXES):
     raise DataError(
       f'{path}: not a kind of file that is read here; convert it to'
-      f' {" or ".join(_SUFFIXES[:2])} (either may be .gz)'
+      f' {", ".join(_TEXT)} (these may be .gz), {" or ".join(_BINARY)}'
     )
-  data = local.read_bytes()
+  return [File(local, path)]
+
+
+def _read_file(file: File) -> list[Row]:
+  path = file.path
+  if path.endswith('.parquet'):
+    return arrow.read_parquet(file)
+  if path.endswith(_BINARY):
+    return arrow.read_arrow(file)
+  data = file.local.read_bytes()
   if path.endswith('.gz'):
     try:
       data = gzip.decompress(data)
@@ -83,12 +100,19 @@ def _read_file(local: Path, path: str) -> list[Row]:
       raise DataError(
         one_line(f'{path}: not a whole gzip file ({error}); fetch it again')
       ) from error
+  kind = Path(path.removesuffix('.gz')).suffix
+  if kind in ('.csv', '.tsv'):
+    return tables.read_table(data, path, ',' if kind == '.csv' else '\t')
+  return _read_json(data, path)
+
+
+def _read_json(data: bytes, path: str) -> list[Row]:
   # A list in a .jsonl is an array under the wrong name: no line of a JSONL
   # file of objects starts so.
-  starts = data.removeprefix(_BOM).lstrip(_BLANK.encode())[:1]
+  starts = data.removeprefix(BOM).lstrip(_BLANK.encode())[:1]
   if starts != b'[' and path.removesuffix('.gz').endswith('.jsonl'):
     return _read_lines(data, path)
-  text = _decode(data, path)
+  text = decode(data, path)
   if starts == b'[':
     return _read_array(text, path)
   if _is_lines(text, path):
@@ -97,22 +121,6 @@ def _read_file(local: Path, path: str) -> list[Row]:
     f'{path}: holds one JSON value, not an array of objects'
     f' [{{...}}, {{...}}]; rewrite it so, or one object a line as .jsonl'
   )
-
-
-def _decode(data: bytes, path: str) -> str:
-  try:
-    return data.decode('utf-8').removeprefix('\ufeff')
-  except UnicodeDecodeError as error:
-    line = data.count(b'\n', 0, error.start) + 1
-    raise DataError(
-      f'{path}:{line}: not UTF-8 ({_bad_byte(error)}); convert it, e.g. with'
-      ' iconv'
-    ) from error
-
-
-def _bad_byte(error: UnicodeDecodeError, start: int = 0) -> str:
-  byte = error.object[error.start]
-  return f'byte 0x{byte:02x} at offset {start + error.start}'
 
 
 def _decoder() -> tuple[Callable[[str, int], tuple[Any, int]], list[str]]:
@@ -195,7 +203,7 @@ def _read_array(text: str, path: str) -> list[Row]:
         rows.append(Row(value, where))
   except (ValueError, RecursionError) as error:
     raise _broken(error, path) from error
-  _refuse(problems, path)
+  refuse(problems, path)
   return rows
 
 
@@ -222,7 +230,7 @@ def _elements(text: str) -> Iterator[tuple[Any, list[str]]]:
 def _read_lines(data: bytes, path: str) -> list[Row]:
   rows, problems = [], []
   decode, repeated = _decoder()
-  start = len(_BOM) if data.startswith(_BOM) else 0
+  start = len(BOM) if data.startswith(BOM) else 0
   stream = io.BytesIO(data)
   stream.seek(start)
   for number, line in enumerate(stream, start=1):
@@ -240,7 +248,7 @@ def _read_lines(data: bytes, path: str) -> list[Row]:
         raise json.JSONDecodeError('Extra data', text, end)
       problem = _problem(value, repeated, where)
     except UnicodeDecodeError as error:
-      problem = Problem(where, 'not UTF-8', _bad_byte(error, begin))
+      problem = Problem(where, 'not UTF-8', bad_byte(error, begin))
     except (ValueError, RecursionError) as error:
       # Only the last line can lack its newline.
       cut = not line.endswith(b'\n')
@@ -251,15 +259,8 @@ def _read_lines(data: bytes, path: str) -> list[Row]:
       problems.append(problem)
     else:
       rows.append(Row(value, where))
-  _refuse(problems, path)
+  refuse(problems, path)
   return rows
-
-
-def _refuse(problems: list[Problem], path: str) -> None:
-  if problems:
-    raise DataError(
-      f'{path}: unreadable: {describe(problems)}; mend or remove them'
-    )
 
 
 def _read_hub(name: str, split: str) -> list[Row]:

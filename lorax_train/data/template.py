@@ -3,18 +3,37 @@ r"""Templates: from the columns of a row to a prompt and its completion.
 The loss is on the completion (and on the EOS that tokenize.py puts behind it).
 Prompt and completion are glued together as they stand: a space or newline
 between them belongs to one of the two.
+
+A template is one of TEMPLATES, a format string or a function of the user's:
+
+    'alpaca'
+    'Q: {question}\nA:{|} {answer}'     learned from {|} on
+    'mypackage.mymodule:render'         {...} -> {'prompt': ..., 'completion': ...}
 """
 
+import copy
 import difflib
+import importlib
+import os
+import re
+import string
+import sys
+import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_train.data.problems import RowError, shorten
+from lorax_train.data.problems import RowError, one_line, shorten
 from lorax_train.errors import DataError
 
 # Rows that hold `input_ids` (and `labels`) have nothing to render:
 # tokenize_rows takes them as they are.
 TOKENS = 'tokens'
+
+# In a format string: where the prompt ends and what is learned begins.
+LEARN = '|'
+
+_FUNCTION = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
 
 
 class Example(NamedTuple):
@@ -72,7 +91,9 @@ def prompt_completion(fields: Mapping[str, Any]) -> Example:
   return Example(_column(fields, 'prompt'), _column(fields, 'completion'))
 
 
-TEMPLATES: dict[str, Callable[[Mapping[str, Any]], Example]] = {
+Render = Callable[[Mapping[str, Any]], Example]
+
+TEMPLATES: dict[str, Render] = {
   'alpaca': alpaca,
   'uno_reverse': uno_reverse,
   'text': text,
@@ -80,21 +101,186 @@ TEMPLATES: dict[str, Callable[[Mapping[str, Any]], Example]] = {
 }
 
 
-def template_named(name: str) -> Callable[[Mapping[str, Any]], Example]:
-  """Looks a template up.
+def template_named(name: str) -> Render:
+  """The template that `data.template` asks for.
+
+  What holds a brace is a format string, what holds a colon is a function;
+  anything else is looked up.
 
   Raises:
-    DataError: no such template; the message lists those there are.
+    DataError: no such template (the message lists those there are), a format
+      string that is none, or a function that can't be had.
   """
   if name in TEMPLATES:
     return TEMPLATES[name]
+  if '{' in name or '}' in name:
+    return formatted(name)
+  if ':' in name:
+    return imported(name)
   known = [*TEMPLATES, TOKENS]
   near = difflib.get_close_matches(name, known, n=1)
   guess = f'did you mean {near[0]!r}? ' if near else ''
   raise DataError(
     f'data.template={shorten(repr(name))}: no such template; {guess}known:'
-    f' {", ".join(known)}'
+    f' {", ".join(known)}, a format string such as {_EXAMPLE}, or'
+    ' module:function'
   )
+
+
+_EXAMPLE = "'Q: {question} A:{|} {answer}'"
+
+
+def formatted(template: str) -> Render:
+  """A format string over the columns of a row as a template.
+
+  `{name}` is the text of that column, as it stands; `{{` and `}}` are braces.
+  `{|}` stands once: what is before it is the prompt, what is after it is
+  learned. There are no conversions, specs, attributes or indices: what is
+  between the braces is the name of a column, to the letter.
+
+  >>> formatted('{{{q}}} ={|} {a}')({'q': '1+1', 'a': '2'})
+  Example(prompt='{1+1} =', completion=' 2')
+
+  Raises:
+    DataError: braces that don't match, a format spec, no {|} or several.
+  """
+  halves = _halves(template)
+
+  def render(fields: Mapping[str, Any]) -> Example:
+    return Example(*(_filled(half, fields) for half in halves))
+
+  return render
+
+
+# Text as it stands, and the name of the column after it, if any.
+_Pieces = list[tuple[str, str | None]]
+
+
+def _halves(template: str) -> list[_Pieces]:
+  halves: list[_Pieces] = [[]]
+  try:
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+      if spec or conversion:
+        sign = f':{spec}' if spec else f'!{conversion}'
+        raise ValueError(
+          f'{sign!r} behind column {name!r}; only the name may stand there'
+        )
+      if name == '':
+        raise ValueError('{} names no column; a brace itself is written twice')
+      halves[-1].append((literal, None if name == LEARN else name))
+      if name == LEARN:
+        halves.append([])
+  except ValueError as error:
+    raise _unusable(template, shorten(str(error), 120)) from None
+  if len(halves) != 2:
+    n = f'{len(halves) - 1} times' if len(halves) > 1 else 'nowhere'
+    raise _unusable(
+      template,
+      f'{{|}} stands {n}; put it once, where what is learned begins:'
+      f' {_EXAMPLE}',
+    )
+  if not any(name for _, name in halves[1]):
+    raise _unusable(template, 'there is no column after {|}, to be learned')
+  return halves
+
+
+def _filled(pieces: _Pieces, fields: Mapping[str, Any]) -> str:
+  return ''.join(
+    literal if name is None else literal + _column(fields, name)
+    for literal, name in pieces
+  )
+
+
+def imported(name: str) -> Render:
+  """A function `module:function` of the user's as a template.
+
+  It is given a row, a dict of its own to do with as it likes, and returns
+  {'prompt': str, 'completion': str} or the two as a pair. The module is looked
+  for in the working directory first. Whatever it raises is told with its name
+  as a row that does not fit.
+
+  Raises:
+    DataError: there is no such function, or importing its module fails.
+  """
+  if not _FUNCTION.fullmatch(name):
+    raise _unusable(name, 'not module:function; give it like my.module:render')
+  module_name, _, function_name = name.partition(':')
+  module = _module(name, module_name)
+  function = getattr(module, function_name, None)
+  if not callable(function):
+    known = [n for n, value in vars(module).items() if callable(value)]
+    near = difflib.get_close_matches(function_name, known, n=1)
+    guess = f', did you mean {near[0]}?' if near else ''
+    raise _unusable(
+      name, f'{module_name} has no function {function_name}{guess}'
+    )
+
+  def render(fields: Mapping[str, Any]) -> Example:
+    try:
+      answer = function(copy.deepcopy(dict(fields)))
+    except (Exception, SystemExit) as error:
+      raise RowError(
+        f'{name} raised {type(error).__name__}', _told(error)
+      ) from error
+    return _example(name, answer)
+
+  return render
+
+
+def _module(name: str, module_name: str) -> Any:
+  here = os.getcwd()
+  sys.path.insert(0, here)
+  importlib.invalidate_caches()  # it may be younger than the last look
+  try:
+    return importlib.import_module(module_name)
+  except (Exception, SystemExit) as error:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and f'{module_name}.'.startswith(f'{missing}.'):
+      cause = f'no module {missing}, neither in {here} nor installed'
+    else:
+      cause = f'importing {module_name}: {type(error).__name__} {_told(error)}'
+    raise _unusable(name, cause.rstrip()) from error
+  finally:
+    if here in sys.path:
+      sys.path.remove(here)
+
+
+def _told(error: BaseException) -> str:
+  """The message, and the line of the user's that it comes from."""
+  ours = (__file__, importlib.__file__)
+  frames = [
+    f
+    for f in traceback.extract_tb(error.__traceback__)
+    if f.filename not in ours and not f.filename.startswith('<frozen')
+  ]
+  message = shorten(one_line(str(error)), 120)
+  if not frames:
+    return message
+  place = f'at {Path(frames[-1].filename).name}:{frames[-1].lineno}'
+  return f'{message} {place}'.lstrip()
+
+
+def _example(name: str, answer: Any) -> Example:
+  wanted = 'prompt and completion'
+  if isinstance(answer, Mapping):
+    if set(answer) != {'prompt', 'completion'}:
+      keys = ', '.join(map(repr, answer)) or 'none'
+      raise RowError(
+        f'{name} gave a dict, but not of {wanted}', shorten(f'keys: {keys}')
+      )
+    answer = answer['prompt'], answer['completion']
+  if not isinstance(answer, (tuple, list)):
+    kind = 'None' if answer is None else type(answer).__name__
+    raise RowError(f'{name} gave {kind}, not {wanted}')
+  if len(answer) != 2:
+    raise RowError(f'{name} gave {len(answer)} values, not {wanted}')
+  for what, value in zip(('prompt', 'completion'), answer, strict=True):
+    _check_text(f'the {what} that {name} gave', value)
+  return Example(*answer)
+
+
+def _unusable(name: str, cause: str) -> DataError:
+  return DataError(f'data.template={shorten(repr(name))}: {cause}')
 
 
 def _column(fields: Mapping[str, Any], name: str) -> str:
@@ -102,15 +288,19 @@ def _column(fields: Mapping[str, Any], name: str) -> str:
     columns = ', '.join(map(repr, fields))
     raise RowError(f'no column {name!r}', shorten(f'columns: {columns}', 120))
   value = fields[name]
+  _check_text(f'column {name!r}', value)
+  return value
+
+
+def _check_text(what: str, value: Any) -> None:
   if not isinstance(value, str):
     kind = 'null' if value is None else type(value).__name__
-    raise RowError(f'column {name!r} is {kind}, not a string')
+    raise RowError(f'{what} is {kind}, not a string')
   try:
     value.encode()
   except UnicodeEncodeError as error:
     # JSON can spell half of a surrogate pair; no tokenizer can read it.
-    raise RowError(f'column {name!r} holds a lone surrogate') from error
-  return value
+    raise RowError(f'{what} holds a lone surrogate') from error
 
 
 def _optional(fields: Mapping[str, Any], name: str) -> str:

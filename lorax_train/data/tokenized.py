@@ -130,7 +130,7 @@ def tokenize_rows(
 
   Args:
     rows: what `read_rows` gave.
-    template: a key of TEMPLATES, or `tokens` for rows that hold `input_ids`
+    template: see `template_named`, or `tokens` for rows that hold `input_ids`
       and perhaps `labels` (without them everything is learned).
     tokenizer: may be None for `tokens`.
     max_length: of a row, BOS and EOS included.

@@ -145,10 +145,10 @@ def test_nan_is_a_number(tmp_path):
       ' again',
     ),
     (
-      'a.csv',
+      'a.txt',
       b'a,b\n1,2\n',
-      'a.csv: not a kind of file that is read here; convert it to .json or'
-      ' .jsonl (either may be .gz)',
+      'a.txt: not a kind of file that is read here; convert it to .json,'
+      ' .jsonl, .csv, .tsv (these may be .gz), .parquet or .arrow or .feather',
     ),
   ],
 )
@@ -179,11 +179,6 @@ def test_a_missing_file_is_not_asked_of_the_hub(tmp_path, monkeypatch, path):
   assert str(caught.value) == (
     f'{path}: no such file; check --config.data.path'
   )
-
-
-def test_a_directory(tmp_path):
-  with pytest.raises(DataError, match='a directory; pass a'):
-    read_rows(str(tmp_path))
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):

@@ -99,5 +99,6 @@ def test_unknown_name(name, guess):
     template_named(name)
   assert str(caught.value) == (
     f'data.template={name!r}: no such template; {guess}known: alpaca,'
-    ' uno_reverse, text, prompt_completion, tokens'
+    " uno_reverse, text, prompt_completion, tokens, a format string such as 'Q:"
+    " {question} A:{|} {answer}', or module:function"
   )

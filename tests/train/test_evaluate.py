@@ -359,7 +359,7 @@ USAGE = [
   ('--run= --data D T', 2, '--run has --data, --template of its own'),
   ('--model M', 2, 'give --data, --template'),
   ('--model M --data D', 2, 'give --template'),
-  ('--model M --data D --template wibble', 2, "invalid choice: 'wibble'"),
+  ('--model M --data D --template wibble', 2, "template is 'wibble', none of"),
   ('--model M --data D T --truncation up', 2, "invalid choice: 'up'"),
   ('--model M --data D T --rows -1', 2, '--rows -1: give 0 for all'),
   ('--model M --data D T --rows many', 2, "invalid int value: 'many'"),
