@@ -111,6 +111,9 @@ class DataSection:
     truncation: a longer row is dropped, has its prompt cut on the left, or is
       an error. What is learned is never cut.
     on_bad_row: a row that does not fit the template is an error or skipped.
+    packing: rows to train on stand side by side in packs of max_length tokens,
+      and none sees another. Steps, epochs and train.batch_size then count
+      packs. Held-out rows are not packed.
   """
 
   path: str = ''
@@ -123,6 +126,7 @@ class DataSection:
   max_length: int = _key(512, at_least=2)
   truncation: str = _key('drop', choices=('drop', 'left', 'error'))
   on_bad_row: str = _key('error', choices=('error', 'skip'))
+  packing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,8 @@ class TrainSection:
 
   Attributes:
     steps: optimizer steps.
-    batch_size: rows of a micro-batch, over all devices.
+    batch_size: rows of a micro-batch, over all devices; with data.packing,
+      packs.
     grad_accum: micro-batches of a step.
     learning_rate: the peak.
     lora_plus_ratio: B learns at so many times that rate; 1 for no difference.

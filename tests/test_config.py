@@ -132,6 +132,8 @@ MISTAKES = [
   ('train.schedule', 'cosin', ['did you mean cosine?', 'constant, linear']),
   ('data.template', 'alpacka', ['did you mean alpaca?', 'uno_reverse']),
   ('data.template', 'my_module', ['none of alpaca', 'text, tokens']),
+  ('data.packing', 1, ['1', 'int', 'bool']),
+  ('data.packing', 'best', ["'best'", 'str', 'bool']),
   ('data.truncation', 'right', ['drop, left, error']),
   ('model.remat', 'some', ['none, dots, full']),
   ('method', 'full', ["'full'", 'lora']),

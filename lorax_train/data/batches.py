@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lorax_train.data.packing import Packs
 from lorax_train.data.tokenized import NO_LOSS, TokenizedSet
 from lorax_train.errors import DataError
 
@@ -103,6 +104,42 @@ def pad_batch(
   return batch
 
 
+def pad_packs(
+  ids: Sequence[Sequence[np.ndarray]],
+  labels: Sequence[Sequence[np.ndarray]],
+  length: int,
+  pad_id: int,
+) -> dict[str, np.ndarray]:
+  """Packs of rows, side by side: each row is a segment.
+
+  The first label of a segment is -100: the loss scores a position on the label
+  after it, and none may be scored on the first token of another row.
+
+  Returns:
+    What `pad_batch` gives; `segments` int32 [B, T], each pack's rows counted
+    from 1, 0 in the padding; `positions` int32 [B, T], from 0 in each segment.
+
+  Raises:
+    ValueError: a pack is longer than `length`.
+  """
+  batch = pad_batch(
+    [np.concatenate(rows) for rows in ids],
+    [np.concatenate(rows) for rows in labels],
+    length,
+    pad_id,
+  )
+  segments, positions = (np.zeros_like(batch['ids']) for _ in range(2))
+  for b, rows in enumerate(ids):
+    begin = 0
+    for number, row in enumerate(rows, start=1):
+      end = begin + len(row)
+      batch['labels'][b, begin:end][:1] = NO_LOSS
+      segments[b, begin:end] = number
+      positions[b, begin:end] = np.arange(len(row))
+      begin = end
+  return {**batch, 'segments': segments, 'positions': positions}
+
+
 def batch_at(
   tokenized: TokenizedSet,
   indices: np.ndarray,
@@ -115,6 +152,26 @@ def batch_at(
   """The training batch at `step`, drawn from the rows `indices`."""
   rows = indices[rows_at(step, len(indices), global_batch, seed)]
   return _take(tokenized, rows, length, pad_id)
+
+
+def packed_batch_at(
+  tokenized: TokenizedSet,
+  packs: Packs,
+  step: int,
+  global_batch: int,
+  seed: int,
+  pad_id: int,
+) -> dict[str, np.ndarray]:
+  """The training batch at `step` of packs, in the order of so many rows."""
+  chosen = [
+    packs.rows[i] for i in rows_at(step, len(packs.rows), global_batch, seed)
+  ]
+  return pad_packs(
+    [[tokenized.ids[i] for i in rows] for rows in chosen],
+    [[tokenized.labels[i] for i in rows] for rows in chosen],
+    packs.length,
+    pad_id,
+  )
 
 
 def eval_batches(

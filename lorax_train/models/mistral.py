@@ -60,7 +60,8 @@ class Attention(nn.Module):
   ) -> tuple[Array, KeysValues]:
     """[B, T, D] -> [B, T, D], and the keys and values of these T tokens.
 
-    `mask` is [B, S]; with a past, [B, 1, T, past and T] and the whole truth.
+    `mask` is [B, S]; or [B, 1, T, S], with a past [B, 1, T, past and T], and
+    the whole truth.
     """
     cfg = self.cfg
     w_q, w_k, w_v, w_o = (
@@ -72,11 +73,12 @@ class Attention(nn.Module):
     v_BSKH = _heads(ops.dot(x_BTD, w_v), cfg.kv_heads, 'kv_heads')
     q_BTNH, k_BSKH = rotate(q_BTNH, rope_BTH), rotate(k_BSKH, rope_BTH)
     new = k_BSKH, v_BSKH
-    if past is None:
-      out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask)
-    else:
+    if past is not None:
       k_BSKH = jnp.concatenate((past[0], k_BSKH), axis=1)
       v_BSKH = jnp.concatenate((past[1], v_BSKH), axis=1)
+    if mask is None or mask.ndim == 2:
+      out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask)
+    else:
       out_BTNH = masked_attention(q_BTNH, k_BSKH, v_BSKH, mask)
     out_BTE = out_BTNH.reshape(*x_BTD.shape[:2], cfg.heads * cfg.head_dim)
     return ops.dot(out_BTE, w_o), new
@@ -146,6 +148,7 @@ class Decoder(nn.Module):
     positions_BT: Array | None = None,
     mask_BS: Array | None = None,
     cache: Cache | None = None,
+    segments_BT: Array | None = None,
   ) -> Any:
     """Logits [B, T, V] in float32; with a cache, (logits, what T adds to it).
 
@@ -157,9 +160,15 @@ class Decoder(nn.Module):
       cache: the tokens before these, which are then attended to as well; for
         none before, a cache of no slots. It wants positions_BT, negative for
         padding, and no mask_BS. `extend` puts into it what comes back.
+      segments_BT: int32, which of its rows a token of a pack belongs to; tokens
+        of other segments are not attended to. It wants positions_BT, which
+        begin anew in each segment, and neither mask_BS nor a cache.
     """
     cfg = self.cfg
     past, mask = None, mask_BS
+    if segments_BT is not None:
+      assert positions_BT is not None and mask_BS is None and cache is None
+      mask = visible_in_segment(cfg.window, segments_BT)[:, None]
     if cache is not None:
       assert positions_BT is not None and mask_BS is None
       positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape)
@@ -211,6 +220,21 @@ def visible(window: int | None, before_BS: Array, positions_BT: Array) -> Array:
   query = positions_BT[:, :, None]
   seen = (key >= 0) & (key <= query)
   return seen if window is None else seen & (key > query - window)
+
+
+def visible_in_segment(window: int | None, segments_BT: Array) -> Array:
+  """Which of T tokens see which, of their own segment alone: [B, T, S].
+
+  A segment has no gaps, so places in the pack are as far apart as positions in
+  the segment. Padding is a segment like any other: nothing learned is of it,
+  and a query that sees nothing at all would be a softmax over nothing.
+  """
+  place = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
+  behind_TS = place[:, None] - place[None, :]
+  seen_TS = behind_TS >= 0
+  if window is not None:
+    seen_TS &= behind_TS < window
+  return (segments_BT[:, :, None] == segments_BT[:, None, :]) & seen_TS[None]
 
 
 def remat_block(policy: str) -> type[nn.Module]:

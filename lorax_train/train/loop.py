@@ -78,7 +78,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   model_cfg = adapters.model_cfg
   shapes, _ = setup.abstract(cfg, adapters)
   say(report.banner(cfg, shapes, adapters.all_names, mesh,
-                    setup.rows_summary(rows), rows.length, run_dir))  # fmt: skip
+                    setup.rows_summary(rows), rows.train_length, run_dir))  # fmt: skip
   chosen = samples.choose(rows, cfg.eval.samples)
   done = checkpoint.latest_step(run_dir / 'checkpoints') or 0
   if done > steps:

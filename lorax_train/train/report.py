@@ -31,13 +31,14 @@ def banner(
     names: {path: module names}.
     mesh: devices.
     rows: summary of the data.
-    length: tokens of a row in a batch.
+    length: tokens of a row, or of a pack, in a batch.
     run_dir: where the run goes.
   """
   trainable, base = lora.count(frozen)
   n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
   axes = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
   share = 100 * trainable / base
+  of_batch = 'packs' if cfg.data.packing else 'rows'
   lines = {
     'model': f'{cfg.model.path}, {base:,} parameters',
     'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
@@ -49,7 +50,7 @@ def banner(
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
     'data': rows,
     'batch': (
-      f'{n_micro} x {n_rows} rows of {length} tokens:'
+      f'{n_micro} x {n_rows} {of_batch} of {length} tokens:'
       f' {n_micro * n_rows * length:,} a step, padding included'
     ),
     'run_dir': str(run_dir),
@@ -148,6 +149,11 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
   # The hub wants a repo id there; a path of this machine is nobody's business.
   is_id = base.count('/') == 1 and not Path(base).expanduser().exists()
   front = [f'base_model: {base}'] if is_id else []
+  of_batch = (
+    f'packs of rows, {cfg.data.max_length} tokens each'
+    if cfg.data.packing
+    else 'rows'
+  )
   lines = [
     '---',
     'library_name: peft',
@@ -167,7 +173,7 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
     f'- variant {spec.variant}, rank {spec.rank}, alpha {spec.alpha:g}, targets'
     f' `{spec.targets}`{_also(spec)}',
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
-    f' rows, template `{cfg.data.template}`, peak learning rate'
+    f' {of_batch}, template `{cfg.data.template}`, peak learning rate'
     f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
     f'- {result}',
     '',

@@ -13,7 +13,7 @@ import optax
 from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import batches, source, tokenize, tokenized
+from lorax_train.data import batches, packing, source, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import peft
@@ -31,7 +31,10 @@ _PREFLIGHT_ROWS = 200
 
 
 class Rows(NamedTuple):
-  """Tokenised rows, and which of them are trained on and which held out."""
+  """Tokenised rows, and which of them are trained on and which held out.
+
+  `length` is of a row in a batch; `packs` are the rows to train on, packed.
+  """
 
   train_set: tokenized.TokenizedSet
   train_rows: np.ndarray
@@ -39,6 +42,7 @@ class Rows(NamedTuple):
   eval_rows: np.ndarray
   length: int
   tokenizer: Tokenizer | None
+  packs: packing.Packs | None = None
 
   @property
   def fingerprint(self) -> str:
@@ -52,23 +56,29 @@ class Rows(NamedTuple):
     """The batch of a step and its number of tokens, padding not counted.
 
     Returns:
-      ids and labels [micro-batches, rows, tokens] on the mesh. No mask:
-      causal attention never looks at padding on the right.
+      ids and labels [micro-batches, rows, tokens] on the mesh, of packs also
+      segments and positions. No mask: causal attention never looks at padding
+      on the right.
     """
     n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
-    flat = batches.batch_at(
-      self.train_set,
-      self.train_rows,
-      step,
-      n_micro * n_rows,
-      cfg.train.seed,
-      self.length,
-      self.pad_id,
-    )
+    order = step, n_micro * n_rows, cfg.train.seed
+    if self.packs is None:
+      flat = batches.batch_at(
+        self.train_set, self.train_rows, *order, self.length, self.pad_id
+      )
+    else:
+      flat = batches.packed_batch_at(
+        self.train_set, self.packs, *order, self.pad_id
+      )
     tokens = int(flat.pop('mask').sum())
     sharding = parallel.batch_sharding(mesh, axis=1)
     parts = {n: x.reshape(n_micro, n_rows, -1) for n, x in flat.items()}
     return jax.device_put(parts, sharding), tokens
+
+  @property
+  def train_length(self) -> int:
+    """Tokens of a row, or of a pack, in a training batch."""
+    return self.packs.length if self.packs else self.length
 
   @property
   def pad_id(self) -> int:
@@ -187,9 +197,14 @@ def abstract(cfg: TrainConfig, adapters: Adapters) -> tuple[Tree, Tree]:
 
 
 def make_apply(cfg: TrainConfig, model_cfg: DecoderConfig) -> step_lib.Apply:
-  """(params, ids) -> logits in the run's dtype and remat policy."""
+  """(params, ids) -> logits in the run's dtype and remat policy.
+
+  Of packs, (params, ids, positions, segments).
+  """
   model: Any = Decoder(model_cfg, jnp.dtype(cfg.model.dtype), cfg.model.remat)
-  return lambda params, ids: model.apply({'params': params}, ids)
+  return lambda params, ids, positions=None, segments=None: model.apply(
+    {'params': params}, ids, positions, segments_BT=segments
+  )
 
 
 def read_rows(
@@ -232,7 +247,13 @@ def read_rows(
   longest = max(
     batches.row_length(s, cfg.data.max_length) for s in (train_set, eval_set)
   )
-  return Rows(train_set, train_rows, eval_set, eval_rows, longest, tokenizer)
+  packs = None
+  if cfg.data.packing:
+    lengths = [len(train_set.ids[i]) for i in train_rows]
+    packs = packing.pack_rows(lengths, cfg.data.max_length, train_rows)
+  return Rows(
+    train_set, train_rows, eval_set, eval_rows, longest, tokenizer, packs
+  )
 
 
 def _tokenizer(
@@ -253,8 +274,10 @@ def rows_summary(rows: Rows) -> str:
   """What became of the rows, for the banner."""
   text = rows.train_set.report.summary()
   if rows.eval_set is not rows.train_set:
-    return f'{text}; {len(rows.eval_rows):,} held-out rows of their own'
-  return f'{text}; {len(rows.eval_rows):,} of them held out'
+    text += f'; {len(rows.eval_rows):,} held-out rows of their own'
+  else:
+    text += f'; {len(rows.eval_rows):,} of them held out'
+  return f'{text}; {rows.packs.summary()}' if rows.packs else text
 
 
 def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:

@@ -80,7 +80,7 @@ def make_loss(
   """loss(trainable, frozen, micro, key) -> (sum, count) of one micro-batch.
 
   Args:
-    apply: (params, ids) -> logits.
+    apply: (params, ids) -> logits; of packs, by positions and segments as well.
     neftune_alpha: of the noise on our decoder's embeddings, where a key is
       given.
   """
@@ -90,7 +90,9 @@ def make_loss(
     if neftune_alpha and key is not None:
       own = jax.random.fold_in(key, _NEFTUNE)
       params = neftune.with_noise(params, own, neftune_alpha)
-    return next_token_loss(apply(params, micro['ids']), micro['labels'])
+    packed = {n: micro[n] for n in ('positions', 'segments') if n in micro}
+    logits_BTV = apply(params, micro['ids'], **packed)
+    return next_token_loss(logits_BTV, micro['labels'])
 
   return loss
 
@@ -107,14 +109,15 @@ def make_train_step(
   number of learned tokens, so how a batch is cut does not change the step.
 
   Args:
-    apply: (params, ids) -> logits.
+    apply: see `make_loss`.
     tx: the optimizer.
     noise_key: root key of dropout and NEFTune; None for neither.
     neftune_alpha: see `make_loss`.
 
   Returns:
-    train_step(state, frozen, batch) with batch `ids` and `labels` [A, B, T];
-    metrics are `loss`, `grad_norm` (before clipping) and `tokens` (learned).
+    train_step(state, frozen, batch) with batch `ids` and `labels` [A, B, T],
+    of packs also `positions` and `segments`; metrics are `loss`, `grad_norm`
+    (before clipping) and `tokens` (learned).
   """
   loss = make_loss(apply, neftune_alpha)
 

@@ -9,12 +9,15 @@ from lorax_train.data import batches
 from lorax_train.data.batches import (
   batch_at,
   eval_batches,
+  packed_batch_at,
   pad_batch,
+  pad_packs,
   row_length,
   row_order,
   rows_at,
   split_held_out,
 )
+from lorax_train.data.packing import pack_rows
 from lorax_train.data.source import Row
 from lorax_train.data.tokenize import tokenize_rows
 from lorax_train.errors import DataError
@@ -138,6 +141,42 @@ def test_pad_batch():
 def test_a_row_too_long_for_the_batch():
   with pytest.raises(ValueError, match='row 1 has 3 tokens, the batch 2'):
     pad_batch([np.ones(2), np.ones(3)], [np.ones(2), np.ones(3)], 2, 0)
+
+
+def test_pad_packs():
+  # The second row learns its first token, which in a pack nothing predicts.
+  rows = [np.array([5, 6, 7]), np.array([8, 9]), np.array([4])]
+  labels = [np.array([_, 6, 7]), np.array([8, 9]), np.array([4])]
+  batch = pad_packs([rows[:2], rows[2:]], [labels[:2], labels[2:]], 6, 3)
+  expected = {
+    'ids': np.array([[5, 6, 7, 8, 9, 3], [4, 3, 3, 3, 3, 3]], np.int32),
+    'labels': np.array([[_, 6, 7, _, 9, _], [_] * 6], np.int32),
+    'mask': np.array([[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]], np.bool_),
+    'segments': np.array([[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]], np.int32),
+    'positions': np.array([[0, 1, 2, 0, 1, 0], [0] * 6], np.int32),
+  }
+  assert batch.keys() == expected.keys()
+  for name, array in expected.items():
+    np.testing.assert_array_equal(batch[name], array, strict=True)
+
+
+def test_a_pack_too_long_for_the_batch():
+  with pytest.raises(ValueError, match='row 0 has 3 tokens, the batch 2'):
+    pad_packs([[np.ones(2), np.ones(1)]], [[np.ones(2), np.ones(1)]], 2, 0)
+
+
+def test_an_epoch_of_packs_holds_every_row_once():
+  indices = np.array([1, 4, 5, 7, 8, 11])
+  data = tokenized(12)
+  packs = pack_rows([len(data.ids[i]) for i in indices], 7, indices)
+  assert packs.rows == [[1, 5], [4, 8], [7, 11]]
+  seen = []
+  for step in range(3):
+    batch = packed_batch_at(data, packs, step, 1, seed=2, pad_id=0)
+    assert batch['ids'].shape == (1, 7)
+    first = (batch['positions'] == 0) & batch['mask']
+    seen.append(batch['ids'][first].tolist())  # row i begins with i
+  assert seen == [packs.rows[i] for i in row_order(3, seed=2, epoch=0)]
 
 
 def test_batch_at():

@@ -185,3 +185,29 @@ def test_a_query_sees_window_tokens_and_none_ahead(window):
     moved = np.abs(np.asarray(other - base)).max(axis=-1)[0] > 1e-7
     want = [changed <= t < changed + window for t in range(12)]
     assert moved.tolist() == want
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize('window', [None, 2, 4])
+def test_a_query_sees_its_own_segment_alone(window):
+  cfg = small(window=window, layers=1)
+  params = random_params(cfg)
+  ids = jnp.arange(12, dtype=jnp.int32)[None]
+  segments = jnp.asarray([[1, 1, 1, 1, 1, 2, 2, 2, 3, 3, 0, 0]], jnp.int32)
+  positions = jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 0, 0]], jnp.int32)
+  apply = jax.jit(
+    lambda ids: Decoder(cfg).apply(
+      {'params': params}, ids, positions, segments_BT=segments
+    )
+  )
+  base = apply(ids)
+  assert bool(jnp.isfinite(base).all())
+  of = segments[0].tolist()
+  for changed in range(12):
+    other = apply(ids.at[0, changed].set(60))
+    moved = np.abs(np.asarray(other - base)).max(axis=-1)[0] > 1e-7
+    want = [
+      changed <= t < changed + (window or 12) and of[t] == of[changed]
+      for t in range(12)
+    ]
+    assert moved.tolist() == want

@@ -130,6 +130,7 @@ CHANGES = [
   ('data.max_length', 64, False),
   ('data.truncation', 'left', False),
   ('data.on_bad_row', 'skip', False),
+  ('data.packing', True, False),
   ('train.batch_size', 16, False),
   ('train.grad_accum', 2, False),
   ('train.learning_rate', 1e-5, False),
