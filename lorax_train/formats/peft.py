@@ -38,7 +38,7 @@ from lorax_train.formats.peft_trees import fill, to_tensors
 from lorax_train.formats.safetensors import few
 from lorax_train.lora import LoraSpec, Placement, Whole, resolve, split
 from lorax_train.lora.init import FROM_BASE
-from lorax_train.lora.matching import place
+from lorax_train.lora.matching import flat, place
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
 
@@ -337,12 +337,8 @@ def placement(
     ModelError: a rank that is not that of the factors, so that nobody makes
       arrays of a size which is but written down.
   """
-  flat, rest = (
-    [name for of_stack in of.values() for name in of_stack]
-    for of in (names, others)
-  )
   try:
-    placed = resolve(loaded.spec, flat, strict=False, others=rest)
+    placed = resolve(loaded.spec, flat(names), False, flat(others))
   except ValueError as error:
     raise ModelError(f'adapter does not fit the model: {error}') from None
   ranks = {name: a.shape[0] for name, (a, _) in loaded.factors.items()}

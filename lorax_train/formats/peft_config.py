@@ -19,7 +19,7 @@ from lorax_train.formats.jsonfile import read_object
 from lorax_train.formats.peft_tensors import EMBEDDING, HEAD
 from lorax_train.formats.safetensors import few
 from lorax_train.lora import LoraSpec, adapted, resolve
-from lorax_train.lora.matching import place
+from lorax_train.lora.matching import flat, place
 from lorax_train.lora.spec import ALL_LINEAR, target_list
 
 CONFIG_FILE = 'adapter_config.json'
@@ -101,19 +101,18 @@ def to_config(
     others: {path: module names} of what takes no adapter.
     tied: see `Settings`.
   """
-  flat = [name for of_stack in names.values() for name in of_stack]
-  rest = [name for of_stack in others.values() for name in of_stack]
+  every, rest = flat(names), flat(others)
   patterns: dict[str, Any] = {
     'rank_pattern': dict(sorted(spec.rank_pattern.items())),
     'alpha_pattern': dict(sorted(spec.alpha_pattern.items())),
   }
-  placed = adapted(resolve(spec, flat, strict=False))
+  placed = adapted(resolve(spec, every, strict=False))
   by_sorted = dataclasses.replace(spec, **patterns)
   embedding = next((n for n in placed if n.endswith(EMBEDDING)), None)
   if tied and embedding:
     # PEFT looks its rank and scale up under the head's own name.
     placed[HEAD] = placed[embedding]
-  now = adapted(resolve(by_sorted, flat, strict=False))
+  now = adapted(resolve(by_sorted, every, strict=False))
   if HEAD in placed and HEAD not in now:
     now[HEAD] = place(by_sorted, HEAD)
   if now != placed:
@@ -123,8 +122,10 @@ def to_config(
       'alpha_pattern': {n: p.scale * root(p.rank) for n, p in placed.items()},
     }
   targets = _to_targets(spec.targets)
-  if target_list(spec.targets) is None and _hits_more(spec.targets, flat, rest):
-    targets = sorted(n for n in placed if n in flat)
+  if target_list(spec.targets) is None and _hits_more(
+    spec.targets, every, rest
+  ):
+    targets = sorted(n for n in placed if n in every)
   return {
     **patterns,
     'base_model_name_or_path': base,

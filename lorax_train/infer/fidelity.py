@@ -73,12 +73,12 @@ def merge(
   """
   hf_save.check_absent(out)
   source = find.find_model(model)
-  vocab = hf_config.read_config(source).vocab
+  cfg = hf_config.read_config(source)
   if tokens is None:
-    arrays = random_rows(vocab, rows or ROWS)
+    arrays = random_rows(cfg.vocab, rows or ROWS)
   else:
     arrays = read_tokens(tokens)
-    check_ids(arrays, vocab, tokens)
+    check_ids(arrays, cfg.vocab, tokens)
     if report and not np.any(arrays.get('mask', True)):
       raise DataError(f'--tokens {tokens}: mask leaves no position to compare')
   exact = hf_save.exact_dtype(source, dtype)
@@ -88,7 +88,7 @@ def merge(
   if report:
     cost = compare(loaded, Path(out), arrays, batch_size)
     cost = {'tokens': tokens or f'random, seed {SEED}', **cost}
-  parted = hf_config.read_config(source).tied and not loaded.cfg.tied
+  parted = cfg.tied and not loaded.cfg.tied
   return {'out': out, 'parameters': count, 'untied': parted, 'report': cost}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lorax_train.lora import axes as axes_lib
 from lorax_train.lora import whole as whole_lib
-from lorax_train.lora.matching import adapted, resolve
+from lorax_train.lora.matching import adapted, flat, resolve
 from lorax_train.lora.spec import LoraSpec
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
 from lorax_train.lora.whole import Original, TunedTable
@@ -256,7 +256,6 @@ def spec_of(frozen: Params, names: Mapping[str, tuple[str, ...]]) -> LoraSpec:
     collections.Counter(values).most_common(1)[0][0]
     for values in zip(*found.values(), strict=True)
   )
-  every = [name for of_stack in names.values() for name in of_stack]
 
   def spec(targets: str, key: Callable[[str], str]) -> LoraSpec:
     return LoraSpec(
@@ -270,7 +269,7 @@ def spec_of(frozen: Params, names: Mapping[str, tuple[str, ...]]) -> LoraSpec:
   plain = spec(','.join(found), str)
   want = {n: (r, a / r) for n, (r, a) in found.items()}
   try:
-    placed = adapted(resolve(plain, every))
+    placed = adapted(resolve(plain, flat(names)))
   except ValueError:
     placed = {}
   if {n: (p.rank, p.scale) for n, p in placed.items()} == want:

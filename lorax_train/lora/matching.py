@@ -82,6 +82,11 @@ def resolve(
   }
 
 
+def flat(names: Mapping[str, Sequence[str]]) -> list[str]:
+  """The module names of all leaves, in order, of {path: module names}."""
+  return [name for of_leaf in names.values() for name in of_leaf]
+
+
 def adapted(
   placed: Mapping[str, Placement | Whole],
 ) -> dict[str, Placement]:

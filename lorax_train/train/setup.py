@@ -17,6 +17,7 @@ from lorax_train.data import batches, packing, source, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import peft
+from lorax_train.lora.matching import flat
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
@@ -146,12 +147,8 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
     model_cfg = dataclasses.replace(model_cfg, tied=False)
   none = no_adapters(model_cfg)
   spec = config_lib.lora_spec(cfg.lora)
-  flat, rest = (
-    [name for of_stack in of.values() for name in of_stack]
-    for of in (none.names, none.norms)
-  )
   try:
-    placed = lora.resolve(spec, flat, others=rest)
+    placed = lora.resolve(spec, flat(none.names), others=flat(none.norms))
   except ValueError as error:
     tied = '; the head is tied to embed_tokens, model.untie=True parts them'
     hint = tied if model_cfg.tied and 'lm_head' in str(error) else ''
