@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lorax_train.data.encode import NO_LOSS
 from lorax_train.data.packing import Packs
-from lorax_train.data.tokenized import NO_LOSS, TokenizedSet
+from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import DataError
 
 _HELD_OUT, _EPOCH = (

@@ -1,29 +1,31 @@
-"""Rows to ids and labels."""
+"""Rows as ids and labels, fitted to a length: what a run reads."""
 
 import dataclasses
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorax_train.data.encode import (
+  NO_LOSS,
+  Drop,
+  Encoded,
+  caught,
+  encode_rows,
+)
 from lorax_train.data.problems import Problem, RowError, counted, describe
-from lorax_train.data.source import Row
-from lorax_train.data.template import TOKENS, Example, template_named
-from lorax_train.errors import ConfigError, DataError, ModelError
+from lorax_train.data.rows import Row
+from lorax_train.data.template import TOKENS, template_named
+from lorax_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
   from lorax_train.data.tokenize import Tokenizer
 
-NO_LOSS = -100  # the label transformers and torch leave out of the loss
-
 _TRUNCATIONS = ('drop', 'error', 'left')
 _ON_BAD_ROW = ('error', 'skip')
-_BATCH = 1024  # rows encoded at once: keeps all cores busy, and memory small
-_T = TypeVar('_T')
-_MAX_ID = np.iinfo(np.int32).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,11 @@ class TokenizedSet(NamedTuple):
   report: Report
 
   @property
+  def lengths(self) -> np.ndarray:
+    """Tokens of each row, int64 [rows]."""
+    return np.array([len(ids) for ids in self.ids], np.int64)
+
+  @property
   def fingerprint(self) -> str:
     """Sha256 over ids and labels: a resumed run must see the same."""
     digest = hashlib.sha256()
@@ -90,21 +97,6 @@ class TokenizedSet(NamedTuple):
       digest.update(ids.astype('<i4').tobytes())
       digest.update(labels.astype('<i4').tobytes())
     return digest.hexdigest()
-
-
-class _Drop(RowError):
-  """A sound row that the run has no use for: dropped and counted."""
-
-
-class _Encoded(NamedTuple):
-  """ids = `bos` ids, then `prompt` ids that may be cut, then the rest."""
-
-  ids: list[int]
-  labels: list[int]
-  bos: int
-  prompt: int
-  truncated: bool = False
-  merged: bool = False
 
 
 def tokenize_rows(
@@ -150,17 +142,17 @@ def tokenize_rows(
   """
   _check_option('truncation', truncation, _TRUNCATIONS)
   _check_option('on_bad_row', on_bad_row, _ON_BAD_ROW)
-  encoded: list[_Encoded] = []
+  encoded: list[Encoded] = []
   where: list[str] = []
   bad: list[Problem] = []
   dropped: list[Problem] = []
-  for row, result in _encode(rows, template, tokenizer):
+  for row, result in encode_rows(rows, template, tokenizer):
     try:
       if isinstance(result, RowError):
         raise result
       encoded.append(_fit(result, max_length, truncation))
       where.append(row.where)
-    except _Drop as drop:
+    except Drop as drop:
       dropped.append(Problem(row.where, drop.reason, drop.detail))
     except RowError as error:
       bad.append(Problem(row.where, error.reason, error.detail))
@@ -191,7 +183,7 @@ def rendered_texts(rows: Sequence[Row], template: str, limit: int) -> list[str]:
   if template == TOKENS:
     return []
   render = template_named(template)
-  results = (_caught(render, row.fields) for row in rows[:limit])
+  results = (caught(render, row.fields) for row in rows[:limit])
   return [
     r.prompt + r.completion for r in results if not isinstance(r, RowError)
   ]
@@ -229,111 +221,24 @@ def _check_option(name: str, value: str, known: Sequence[str]) -> None:
     )
 
 
-def _encode(
-  rows: Sequence[Row], template: str, tokenizer: 'Tokenizer | None'
-) -> Iterator[tuple[Row, _Encoded | RowError]]:
-  """Each row with its full-length encoding, or with what is wrong with it."""
-  if template == TOKENS:
-    for row in rows:
-      yield row, _caught(_from_tokens, row.fields)
-    return
-  render = template_named(template)
-  if tokenizer is None:
-    raise ModelError(
-      f'data.template={template} needs a tokenizer, and the model has none; put'
-      ' its tokenizer.json there, or use data.template=tokens'
-    )
-  for begin in range(0, len(rows), _BATCH):
-    part = rows[begin : begin + _BATCH]
-    examples = [_caught(_rendered, render, row.fields) for row in part]
-    good = [e for e in examples if isinstance(e, Example)]
-    prompts = iter(tokenizer.encode([e.prompt for e in good]))
-    joints = iter(tokenizer.encode([e.prompt + e.completion for e in good]))
-    for row, example in zip(part, examples, strict=True):
-      if isinstance(example, Example):
-        ids = next(prompts), next(joints)
-        yield row, _caught(_labelled, *ids, tokenizer.bos_id, tokenizer.eos_id)
-      else:
-        yield row, example
-
-
-def _caught(function: Callable[..., _T], *args: Any) -> _T | RowError:
-  try:
-    return function(*args)
-  except RowError as error:
-    return error
-
-
-def _rendered(
-  render: Callable[[Mapping[str, Any]], Example], fields: Mapping[str, Any]
-) -> Example:
-  example = render(fields)
-  if not example.completion.strip():
-    raise RowError('empty completion')
-  return example
-
-
-def _labelled(
-  prompt: list[int], joint: list[int], bos_id: int | None, eos_id: int
-) -> _Encoded:
-  n = 0
-  while n < len(prompt) and n < len(joint) and prompt[n] == joint[n]:
-    n += 1
-  if n == len(joint):
-    # White space or the like, which the tokenizer's normaliser took away.
-    raise _Drop('nothing to learn', 'the completion has no tokens')
-  bos = [] if bos_id is None else [bos_id]
-  return _Encoded(
-    ids=[*bos, *joint, eos_id],
-    labels=[NO_LOSS] * (len(bos) + n) + [*joint[n:], eos_id],
-    bos=len(bos),
-    prompt=n,
-    merged=n < len(prompt),
-  )
-
-
-def _from_tokens(fields: Mapping[str, Any]) -> _Encoded:
-  if 'input_ids' not in fields:
-    raise RowError("no column 'input_ids'")
-  ids = fields['input_ids']
-  labels = fields.get('labels')
-  labels = ids if labels is None else labels
-  for name, values in (('input_ids', ids), ('labels', labels)):
-    if not isinstance(values, list) or not all(type(v) is int for v in values):
-      raise RowError(f'column {name!r} is not a list of integers')
-    if any(v > _MAX_ID for v in values):
-      raise RowError(f'column {name!r} holds an integer over 32 bits')
-  if not ids:
-    raise RowError("column 'input_ids' is empty")
-  if len(ids) != len(labels):
-    raise RowError(
-      "'input_ids' and 'labels' differ in length", f'{len(ids)}, {len(labels)}'
-    )
-  if min(ids) < 0:
-    raise RowError("column 'input_ids' holds a negative id", f'{min(ids)}')
-  if any(v < 0 and v != NO_LOSS for v in labels):
-    raise RowError(f"column 'labels' holds a negative other than {NO_LOSS}")
-  return _Encoded(ids, labels, bos=0, prompt=len(ids))
-
-
 def _too_long(max_length: int) -> str:
   return f'longer than {max_length} tokens'
 
 
-def _fit(row: _Encoded, max_length: int, truncation: str) -> _Encoded:
+def _fit(row: Encoded, max_length: int, truncation: str) -> Encoded:
   over = len(row.ids) - max_length
   if over > 0:
     if truncation != 'left':
-      raise _Drop(_too_long(max_length), f'{len(row.ids)} tokens')
+      raise Drop(_too_long(max_length), f'{len(row.ids)} tokens')
     if over > row.prompt:
-      raise _Drop(f'completion longer than {max_length} tokens')
+      raise Drop(f'completion longer than {max_length} tokens')
     row = row._replace(
       ids=row.ids[: row.bos] + row.ids[row.bos + over :],
       labels=row.labels[: row.bos] + row.labels[row.bos + over :],
       truncated=True,
     )
   if not _targets(row.labels):
-    raise _Drop('nothing to learn')
+    raise Drop('nothing to learn')
   return row
 
 
@@ -343,7 +248,7 @@ def _targets(labels: Sequence[int]) -> int:
 
 
 def _report(
-  rows: Sequence[Row], encoded: Sequence[_Encoded], gone: Sequence[Problem]
+  rows: Sequence[Row], encoded: Sequence[Encoded], gone: Sequence[Problem]
 ) -> Report:
   return Report(
     rows_read=len(rows),

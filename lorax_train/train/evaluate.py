@@ -18,7 +18,7 @@ from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data import batches
-from lorax_train.data.tokenized import NO_LOSS
+from lorax_train.data.encode import NO_LOSS
 from lorax_train.errors import (
   ConfigError,
   DataError,

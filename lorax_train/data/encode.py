@@ -1,0 +1,130 @@
+"""A row to ids and labels at its full length."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from lorax_train.data.problems import RowError
+from lorax_train.data.rows import Row
+from lorax_train.data.template import TOKENS, Example, template_named
+from lorax_train.errors import ModelError
+
+if TYPE_CHECKING:
+  from lorax_train.data.tokenize import Tokenizer
+
+NO_LOSS = -100  # the label transformers and torch leave out of the loss
+
+_BATCH = 1024  # rows encoded at once: keeps all cores busy, and memory small
+_T = TypeVar('_T')
+_MAX_ID = np.iinfo(np.int32).max
+
+
+class Drop(RowError):
+  """A sound row that the run has no use for: dropped and counted."""
+
+
+class Encoded(NamedTuple):
+  """ids = `bos` ids, then `prompt` ids that may be cut, then the rest."""
+
+  ids: list[int]
+  labels: list[int]
+  bos: int
+  prompt: int
+  truncated: bool = False
+  merged: bool = False
+
+
+def encode_rows(
+  rows: Sequence[Row], template: str, tokenizer: 'Tokenizer | None'
+) -> Iterator[tuple[Row, Encoded | RowError]]:
+  """Each row with its full-length encoding, or with what is wrong with it.
+
+  The rules are told at `tokenized.tokenize_rows`.
+
+  Raises:
+    DataError: no such template.
+    ModelError: the template needs a tokenizer and there is none.
+  """
+  if template == TOKENS:
+    for row in rows:
+      yield row, caught(_from_tokens, row.fields)
+    return
+  render = template_named(template)
+  if tokenizer is None:
+    raise ModelError(
+      f'data.template={template} needs a tokenizer, and the model has none; put'
+      ' its tokenizer.json there, or use data.template=tokens'
+    )
+  for begin in range(0, len(rows), _BATCH):
+    part = rows[begin : begin + _BATCH]
+    examples = [caught(_rendered, render, row.fields) for row in part]
+    good = [e for e in examples if isinstance(e, Example)]
+    prompts = iter(tokenizer.encode([e.prompt for e in good]))
+    joints = iter(tokenizer.encode([e.prompt + e.completion for e in good]))
+    for row, example in zip(part, examples, strict=True):
+      if isinstance(example, Example):
+        ids = next(prompts), next(joints)
+        yield row, caught(_labelled, *ids, tokenizer.bos_id, tokenizer.eos_id)
+      else:
+        yield row, example
+
+
+def caught(function: Callable[..., _T], *args: Any) -> _T | RowError:
+  """What a function gives, or the RowError that it raises."""
+  try:
+    return function(*args)
+  except RowError as error:
+    return error
+
+
+def _rendered(
+  render: Callable[[Mapping[str, Any]], Example], fields: Mapping[str, Any]
+) -> Example:
+  example = render(fields)
+  if not example.completion.strip():
+    raise RowError('empty completion')
+  return example
+
+
+def _labelled(
+  prompt: list[int], joint: list[int], bos_id: int | None, eos_id: int
+) -> Encoded:
+  n = 0
+  while n < len(prompt) and n < len(joint) and prompt[n] == joint[n]:
+    n += 1
+  if n == len(joint):
+    # White space or the like, which the tokenizer's normaliser took away.
+    raise Drop('nothing to learn', 'the completion has no tokens')
+  bos = [] if bos_id is None else [bos_id]
+  return Encoded(
+    ids=[*bos, *joint, eos_id],
+    labels=[NO_LOSS] * (len(bos) + n) + [*joint[n:], eos_id],
+    bos=len(bos),
+    prompt=n,
+    merged=n < len(prompt),
+  )
+
+
+def _from_tokens(fields: Mapping[str, Any]) -> Encoded:
+  if 'input_ids' not in fields:
+    raise RowError("no column 'input_ids'")
+  ids = fields['input_ids']
+  labels = fields.get('labels')
+  labels = ids if labels is None else labels
+  for name, values in (('input_ids', ids), ('labels', labels)):
+    if not isinstance(values, list) or not all(type(v) is int for v in values):
+      raise RowError(f'column {name!r} is not a list of integers')
+    if any(v > _MAX_ID for v in values):
+      raise RowError(f'column {name!r} holds an integer over 32 bits')
+  if not ids:
+    raise RowError("column 'input_ids' is empty")
+  if len(ids) != len(labels):
+    raise RowError(
+      "'input_ids' and 'labels' differ in length", f'{len(ids)}, {len(labels)}'
+    )
+  if min(ids) < 0:
+    raise RowError("column 'input_ids' holds a negative id", f'{min(ids)}')
+  if any(v < 0 and v != NO_LOSS for v in labels):
+    raise RowError(f"column 'labels' holds a negative other than {NO_LOSS}")
+  return Encoded(ids, labels, bos=0, prompt=len(ids))
