@@ -62,6 +62,7 @@ def save_params(
   params: Any,
   dtype: Any = None,
   shard_bytes: int = SHARD_BYTES,
+  files: Mapping[str, bytes] | None = None,
 ) -> int:
   """Writes a model directory that transformers, and `hf.load_params`, read.
 
@@ -77,6 +78,7 @@ def save_params(
     dtype: what to store; None for what each tensor has in `source`. Load in
       `exact_dtype`, or it is rounded twice.
     shard_bytes: above this much, several files and an index.
+    files: {name: content} of what to write in place of the source's own.
 
   Returns:
     The number of parameters.
@@ -98,6 +100,8 @@ def save_params(
     for name in COPIED:
       if (source / name).is_file():
         shutil.copyfile(source / name, building / name)
+    for name, content in (files or {}).items():
+      (building / name).write_bytes(content)
   return params_lib.total(cfg)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.errors import DataError, ModelError
 from lorax_train.formats import find, hf_config, hf_save, safetensors
 from lorax_train.infer.inspection import aligned
@@ -64,9 +65,10 @@ def merge(
     batch_size: rows computed at once.
 
   Returns:
-    {'out', 'parameters', 'untied', 'report'}: `untied` where the head had to
-    be parted from the embedding, which the base ties; the last is `compare`'s,
-    or None.
+    {'out', 'parameters', 'untied', 'no_tokenizer_json', 'report'}: `untied`
+    where the head had to be parted from the embedding, which the base ties;
+    then why no tokenizer.json could be made for a lone tokenizer.model, or '';
+    the last is `compare`'s, or None.
 
   Raises:
     UserError: what is wrong with the model, the adapter, `tokens` or `out`.
@@ -83,13 +85,20 @@ def merge(
       raise DataError(f'--tokens {tokens}: mask leaves no position to compare')
   exact = hf_save.exact_dtype(source, dtype)
   loaded = load_model(source, None, adapter, jnp.float32, exact)
-  count = hf_save.save_params(out, source, loaded.params, dtype)
+  files, lacking = missing_files(source)
+  count = hf_save.save_params(out, source, loaded.params, dtype, files=files)
   cost = None
   if report:
     cost = compare(loaded, Path(out), arrays, batch_size)
     cost = {'tokens': tokens or f'random, seed {SEED}', **cost}
   parted = cfg.tied and not loaded.cfg.tied
-  return {'out': out, 'parameters': count, 'untied': parted, 'report': cost}
+  return {
+    'out': out,
+    'parameters': count,
+    'untied': parted,
+    'no_tokenizer_json': lacking,
+    'report': cost,
+  }
 
 
 def compare(
@@ -159,6 +168,8 @@ def text(done: Report) -> str:
       '\nuntied: the adapter changes one of embedding and head, which the base'
       ' ties; lm_head.weight is written too, and tie_word_embeddings is false'
     )
+  if done['no_tokenizer_json']:
+    written += f'\ntokenizer: {done["no_tokenizer_json"]}'
   report = done['report']
   if report is None:
     return written

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax_train.config import TrainConfig
+from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.formats import peft
 from lorax_train.formats.whole import whole
@@ -33,7 +34,8 @@ def write_adapter(
     adapters: names and spec of what is adapted.
     cfg: the run, for the model card.
     base: what the adapter says it was trained on.
-    tokenizer: its files go beside the adapter.
+    tokenizer: its files go beside the adapter, and the tokenizer.json that a
+      lone tokenizer.model lacks.
     held_out: the result, in words, for the model card.
 
   Raises:
@@ -55,6 +57,12 @@ def write_adapter(
     _check(building, frozen, trainable, adapters)
     for file in tokenizer.files if tokenizer else ():
       shutil.copyfile(file, building / file.name)
+    if tokenizer:
+      files, lacking = missing_files(tokenizer.files[0].parent)
+      for name, content in files.items():
+        (building / name).write_bytes(content)
+      if lacking:
+        print(f'tokenizer  {lacking}', flush=True)
     card = report.model_card(cfg, adapters.spec, held_out)
     (building / 'README.md').write_text(card, 'utf-8')
 

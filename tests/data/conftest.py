@@ -1,19 +1,16 @@
 """Tokenizers made here, and the real ones where they lie."""
 
-import io
-
 import pytest
-import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from .toys import ABC_CONFIG, abc_tokenizer, write_tokenizer
-
-TEXTS = [
-  'Once upon a time there was a little girl who had a red ball.',
-  'Say hello to the world, and name three fruits: apple, pear, plum.',
-  'The dog ran after the cat; the cat ran up the tree.',
-] * 4
+from .toys import (
+  ABC_CONFIG,
+  TEXTS,
+  abc_tokenizer,
+  sentencepiece_model,
+  write_tokenizer,
+)
 
 
 @pytest.fixture(scope='session')
@@ -48,18 +45,6 @@ def bytes_dir(tmp_path_factory):
 @pytest.fixture(scope='session')
 def sentencepiece_dir(tmp_path_factory):
   """A lone tokenizer.model, like Mistral's but for its size."""
-  model = io.BytesIO()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(TEXTS),
-    model_writer=model,
-    vocab_size=300,
-    model_type='bpe',
-    byte_fallback=True,
-    hard_vocab_limit=False,
-    normalization_rule_name='identity',
-    remove_extra_whitespaces=False,
-    minloglevel=2,
-  )
   folder = tmp_path_factory.mktemp('sentencepiece')
-  (folder / 'tokenizer.model').write_bytes(model.getvalue())
+  (folder / 'tokenizer.model').write_bytes(sentencepiece_model(vocab_size=300))
   return folder

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from lorax_train.data import sentencepiece_json
 from lorax_train.data.source import read_rows
 from lorax_train.data.tokenize import (
   check_same_ids,
@@ -21,7 +22,6 @@ from lorax_train.errors import ModelError
 from .toys import (
   ABC_CONFIG,
   abc_tokenizer,
-  as_tokenizers,
   write_tokenizer,
 )
 
@@ -217,10 +217,12 @@ def test_two_files_that_agree_and_that_do_not(tmp_path, sentencepiece_dir):
   (tmp_path / 'tokenizer.model').write_bytes(model.read_bytes())
   texts = ['Once upon a time', '</s> and </s>', 'the ünknown\n']
   check_same_ids(tmp_path, texts)  # one file: nothing to compare
-  write_tokenizer(tmp_path, as_tokenizers(model))
+  write_tokenizer(tmp_path, sentencepiece_json.build(model))
   check_same_ids(tmp_path, texts)
   # The commonest fault of converted files: no dummy space before a text.
-  write_tokenizer(tmp_path, as_tokenizers(model, prefix=False))
+  converted = sentencepiece_json.build(model)
+  converted.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+  write_tokenizer(tmp_path, converted)
   with pytest.raises(ModelError) as caught:
     check_same_ids(tmp_path, ['', *texts])
   message = str(caught.value)

@@ -1,13 +1,19 @@
 """Tokenizers small enough to check by hand, and rows."""
 
+import io
 import json
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models
 
 from lorax_train.data.source import Row
 
+TEXTS = [
+  'Once upon a time there was a little girl who had a red ball.',
+  'Say hello to the world, and name three fruits: apple, pear, plum.',
+  'The dog ran after the cat; the cat ran up the tree.',
+] * 4
 ABC_CONFIG = {'bos_token': '<s>', 'eos_token': '</s>', 'add_bos_token': True}
 
 
@@ -35,28 +41,22 @@ def abc_tokenizer():
   return tokenizer
 
 
-def as_tokenizers(model_file, *, prefix=True):
-  """The same BPE vocabulary for `tokenizers`; without `prefix`, one bug."""
-  model = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-  pieces = [model.id_to_piece(id) for id in range(model.get_piece_size())]
-  ids = {piece: id for id, piece in enumerate(pieces)}
-  # A sentencepiece BPE merges whatever makes the piece of the lowest id.
-  merges = [
-    (piece[:cut], piece[cut:])
-    for piece in pieces
-    if len(piece) > 1 and not model.is_byte(ids[piece])
-    for cut in range(1, len(piece))
-    if piece[:cut] in ids and piece[cut:] in ids
-  ]
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(ids, merges, unk_token='<unk>', byte_fallback=True)
+def sentencepiece_model(**options):
+  """A tokenizer.model, like Mistral's but for its size; `options` train it."""
+  model = io.BytesIO()
+  given = {
+    'vocab_size': 320,
+    'model_type': 'bpe',
+    'byte_fallback': True,
+    'hard_vocab_limit': False,
+    'normalization_rule_name': 'identity',
+    'remove_extra_whitespaces': False,
+    'minloglevel': 2,
+  }
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(TEXTS), model_writer=model, **given | options
   )
-  steps = [normalizers.Prepend('▁')] if prefix else []
-  tokenizer.normalizer = normalizers.Sequence(
-    [*steps, normalizers.Replace(' ', '▁')]
-  )
-  tokenizer.add_special_tokens(['<unk>', '<s>', '</s>'])
-  return tokenizer
+  return model.getvalue()
 
 
 def rows_of(*fields):

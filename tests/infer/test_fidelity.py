@@ -5,6 +5,7 @@ Reference: softmax, KL and the rest in numpy and float64, on the logits that
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,10 +15,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorax_train import __main__ as verbs
+from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.errors import ModelError
 from lorax_train.infer import fidelity, score
 from lorax_train.infer.load import load_model
 from tests import toys
+from tests.data.toys import sentencepiece_model
 
 KEYS = [f'model.layers.{i}.self_attn.q_proj' for i in range(3)]
 
@@ -170,6 +173,34 @@ def test_an_adapter_that_does_nothing(tmp_path, pair):
   )['report']
   assert report['mean_kl_of_base'] == 0
   assert 'costs more than what the adapter does' in report['advice']
+
+
+def test_a_merged_model_has_the_tokenizer_json_that_its_base_lacks(
+  pair, tmp_path, capsys
+):
+  base = shutil.copytree(pair[0], tmp_path / 'base')
+  (base / 'tokenizer.json').unlink()
+  config = {'bos_token': '<s>', 'eos_token': '</s>', 'model_max_length': 64}
+  (base / 'tokenizer_config.json').write_text(json.dumps(config))
+  (base / 'tokenizer.model').write_bytes(sentencepiece_model())
+  done = fidelity.merge(str(base), pair[1], str(tmp_path / 'a'))
+  assert done['no_tokenizer_json'] == ''
+  files, _ = missing_files(base)
+  assert sorted(files) == ['tokenizer.json', 'tokenizer_config.json']
+  for name, content in files.items():
+    assert (tmp_path / 'a' / name).read_bytes() == content
+  # Where none can be made, a line says why.
+  unigram = sentencepiece_model(
+    model_type='unigram', vocab_size=60, byte_fallback=False
+  )
+  (base / 'tokenizer.model').write_bytes(unigram)
+  argv = ['--model', str(base), '--adapter', pair[1], '--out']
+  assert verbs.merge([*argv, str(tmp_path / 'b')]) == 0
+  assert not (tmp_path / 'b' / 'tokenizer.json').exists()
+  line = capsys.readouterr().out.splitlines()[1]
+  assert line.startswith(
+    f'tokenizer: {base}/tokenizer.model: no tokenizer.json'
+  )
 
 
 def test_no_more_logits_than_a_batch_are_in_memory(pair, tmp_path):

@@ -22,11 +22,14 @@ import numpy as np
 import pytest
 
 from lorax_train import config, lora, main
+from lorax_train.data.sentencepiece_json import missing_files
+from lorax_train.data.tokenize import load_tokenizer
 from lorax_train.errors import ModelError
 from lorax_train.formats import peft
 from lorax_train.train import checkpoint, export, setup
 from lorax_train.train.metrics import MetricsLog
 from tests import toys
+from tests.data.toys import sentencepiece_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 160
@@ -223,7 +226,7 @@ def test_a_signal_between_steps_loses_none_of_them(
 # --- writing the adapter
 
 
-def write_adapter(directory, value):
+def write_adapter(directory, value, tokenizer=None):
   """An adapter of 2 x 16 KiB whose factors are all `value`."""
   names = {'q_proj': ('model.layers.0.self_attn.q_proj',)}
   spec = lora.LoraSpec('q_proj', rank=4)
@@ -238,13 +241,39 @@ def write_adapter(directory, value):
     setup.Adapters(None, names, {}, {}, spec, placed, None),
     config.TrainConfig(),
     'some/base',
-    None,
+    tokenizer,
     'held-out loss 2 -> 1',
   )
 
 
 def contents(directory):
   return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_an_adapter_has_the_tokenizer_json_that_its_base_lacks(
+  tmp_path, capsys
+):
+  base = tmp_path / 'base'
+  base.mkdir()
+  (base / 'tokenizer.model').write_bytes(sentencepiece_model())
+  write_adapter(tmp_path / 'adapter', 1.0, load_tokenizer(base))
+  written = contents(tmp_path / 'adapter')
+  files, _ = missing_files(base)
+  assert written.items() >= (contents(base) | files).items()
+  assert 'tokenizer.json' in written
+  assert capsys.readouterr().out == ''
+  # Where none can be made, a line says why, and the rest is there.
+  unigram = sentencepiece_model(
+    model_type='unigram', vocab_size=60, byte_fallback=False
+  )
+  (base / 'tokenizer.model').write_bytes(unigram)
+  write_adapter(tmp_path / 'adapter', 1.0, load_tokenizer(base))
+  assert 'tokenizer.json' not in contents(tmp_path / 'adapter')
+  assert contents(tmp_path / 'adapter')['tokenizer.model'] == unigram
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(
+    f'tokenizer  {base}/tokenizer.model: no tokenizer.json'
+  )
 
 
 def test_a_full_disk_leaves_the_adapter_that_was_there(tmp_path):
