@@ -1,11 +1,12 @@
 """Bad rows, gathered first and told in one line afterwards."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _PLACES = 5
 _KINDS = 8
+_COUNTED = 1000  # reasons counted apart; they may hold words of the data
 
 
 class Problem(NamedTuple):
@@ -25,7 +26,54 @@ class RowError(ValueError):
     self.detail = detail
 
 
-def describe(problems: Sequence[Problem]) -> str:
+class Problems:
+  """Bad rows by number: all are counted, the first five are kept.
+
+  >>> bad = Problems([Problem('a:1', 'empty')])
+  >>> for line in range(2, 1_000_000):
+  ...   bad.add(Problem(f'a:{line}', 'not JSON'))
+  >>> len(bad), bad.counts['not JSON'], [p.where for p in bad.first]
+  (999999, 999998, ['a:1', 'a:2', 'a:3', 'a:4', 'a:5'])
+
+  Attributes:
+    counts: how many there are of each reason.
+    first: the first of all.
+  """
+
+  def __init__(self, problems: Iterable[Problem] = ()):
+    self.counts: Counter[str] = Counter()
+    self.first: list[Problem] = []
+    self._n = 0
+    for problem in problems:
+      self.add(problem)
+
+  def add(self, problem: Problem) -> None:
+    """Counts one; those of a file come in the order of its rows."""
+    self._n += 1
+    self._count(problem.reason, 1)
+    if len(self.first) < _PLACES:
+      self.first.append(problem)
+
+  def _count(self, reason: str, n: int) -> None:
+    if len(self.counts) >= _COUNTED and reason not in self.counts:
+      reason = 'another reason'
+    self.counts[reason] += n
+
+  def __len__(self) -> int:
+    return self._n
+
+  def __add__(self, other: 'Problems') -> 'Problems':
+    """Both, these first."""
+    both = Problems()
+    for part in (self, other):
+      both._n += len(part)
+      both.first += part.first[: _PLACES - len(both.first)]
+      for reason, n in part.counts.items():
+        both._count(reason, n)
+    return both
+
+
+def describe(problems: Problems | Iterable[Problem]) -> str:
   """Counts by reason, then the first places; what repeats is said once.
 
   >>> describe([Problem('a:1', 'not JSON', 'x'), Problem('a:7', 'not JSON')])
@@ -33,18 +81,21 @@ def describe(problems: Sequence[Problem]) -> str:
   >>> describe([Problem('a:1', 'not JSON'), Problem('a:7', 'empty')])
   '2 rows (1 x not JSON, 1 x empty), first: a:1 not JSON, a:7 empty'
   """
-  counts = Counter(p.reason for p in problems)
+  if not isinstance(problems, Problems):
+    problems = Problems(problems)
   places = []
   detail = ''
-  for p in problems[:_PLACES]:
-    place = f'{p.where} {p.reason}' if len(counts) > 1 else p.where
+  for p in problems.first:
+    several = len(problems.counts) > 1
+    place = f'{p.where} {p.reason}' if several else p.where
     if p.detail and p.detail != detail:
       place += f' ({p.detail})'
     detail = p.detail
     places.append(place)
   rows = 'row' if len(problems) == 1 else 'rows'
   return one_line(
-    f'{len(problems)} {rows} ({counted(counts)}), first: {", ".join(places)}'
+    f'{len(problems)} {rows} ({counted(problems.counts)}), first:'
+    f' {", ".join(places)}'
   )
 
 

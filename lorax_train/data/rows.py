@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorax_train.data.problems import Problem, describe
+from lorax_train.data.problems import Problems, describe
 from lorax_train.errors import DataError
-
-BOM = b'\xef\xbb\xbf'
 
 # A longer line is a file of another kind (or one that lost its newlines):
 # parsing it would only take the memory of the machine.
@@ -21,26 +19,31 @@ class Row(NamedTuple):
 
 
 class File(NamedTuple):
-  """A file on this disk, and what it is called in messages."""
+  """A file on this disk, and what it is called in messages.
+
+  Attributes:
+    local: where it lies; what kind it is says its suffix.
+    path: its name in messages.
+    before: rows of the set in the files before this one.
+    of_set: whether `path` is the name of a set of several files; its rows are
+      then numbered through them.
+  """
 
   local: Path
   path: str
+  before: int = 0
+  of_set: bool = False
 
+  @property
+  def row(self) -> str:
+    """What stands before a row's number in its place.
 
-def decode(data: bytes, path: str) -> str:
-  """The text of a whole file, less its BOM.
-
-  Raises:
-    DataError: it is not UTF-8; the line and the byte are named.
-  """
-  try:
-    return data.decode('utf-8').removeprefix('\ufeff')
-  except UnicodeDecodeError as error:
-    line = data.count(b'\n', 0, error.start) + 1
-    raise DataError(
-      f'{path}:{line}: not UTF-8 ({bad_byte(error)}); convert it, e.g. with'
-      ' iconv'
-    ) from error
+    >>> File(Path('a.json'), 'a.json').row
+    'a.json: row '
+    >>> File(Path('x.arrow'), 'own/set[train]', 1000, True).row
+    'own/set[train] row '
+    """
+    return f'{self.path} row ' if self.of_set else f'{self.path}: row '
 
 
 def bad_byte(error: UnicodeDecodeError, start: int = 0) -> str:
@@ -49,7 +52,7 @@ def bad_byte(error: UnicodeDecodeError, start: int = 0) -> str:
   return f'byte 0x{byte:02x} at offset {start + error.start}'
 
 
-def refuse(problems: list[Problem], path: str) -> None:
+def refuse(problems: Problems, path: str) -> None:
   """Tells of all problems of a file at once.
 
   Raises:

@@ -56,6 +56,30 @@ def ask_hub(endpoint, home, *asked, **environment):
   return hub.ask(code, endpoint, home, json.dumps(asked), **environment)
 
 
+def test_parts_of_a_split_are_its_rows(tmp_path):
+  """A slice of a table has the files of all of it, which are not its rows."""
+  one, two = {'text': 'one'}, {'text': 'two'}
+  asked = {
+    'train[1:]': [two],
+    'train[:1]': [one],
+    'train[1:]+train[:1]': [two, one],
+    'train+train': [one, two, one, two],
+    'train': [one, two],
+  }
+  with hub.serving(Hub) as endpoint:
+    answers = ask_hub(endpoint, tmp_path, *(('own/set', s) for s in asked))
+    kept = ask_hub(
+      endpoint,
+      tmp_path,
+      ('own/set', 'train'),
+      HF_DATASETS_IN_MEMORY_MAX_SIZE='1000000',
+    )
+  for (split, rows), (answer, _) in zip(asked.items(), answers, strict=True):
+    places = [f'own/set[{split}] row {n + 1}' for n in range(len(rows))]
+    assert answer == [list(row) for row in zip(rows, places, strict=True)]
+  assert kept[0][0] == answers[-1][0]
+
+
 REMEDY = '; pass a local file: --config.data.path=FILE.json'
 
 

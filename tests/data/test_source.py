@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorax_train.data import source
+from lorax_train.data.rows import MAX_LINE_BYTES
 from lorax_train.data.source import read_rows
 from lorax_train.errors import DataError
 
@@ -164,7 +164,7 @@ def test_a_line_too_long_to_be_a_row(tmp_path):
   path = tmp_path / 'a.jsonl'
   with path.open('wb') as file:
     file.write(b'{"a": 1}\n')
-    file.truncate(9 + source.MAX_LINE_BYTES + 1)
+    file.truncate(9 + MAX_LINE_BYTES + 1)
   with pytest.raises(DataError, match=r'1 x a line over 64 MiB.*a\.jsonl:2;'):
     read_rows(str(path))
 

@@ -211,7 +211,8 @@ WRONG = [
   (
     'a.csv',
     'a\nx\n'.encode('utf-16'),
-    'a.csv:1: not UTF-8 (byte 0xff at offset 0); convert it, e.g. with iconv',
+    'a.csv:1: looks like UTF-16, not UTF-8; convert it with iconv -f UTF-16'
+    ' -t UTF-8',
   ),
   (
     'a.csv',
