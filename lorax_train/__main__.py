@@ -202,7 +202,7 @@ def evaluate(argv: Sequence[str]) -> int:
   of_file.add_argument('--adapter', **_SHARED['--adapter'])
   of_file.add_argument('--max-length', type=int, help='of a row in tokens; 512')
   of_file.add_argument(
-    '--truncation', choices=('drop', 'left', 'error'), help='drop'
+    '--truncation', choices=('drop', 'left', 'right', 'error'), help='drop'
   )
   of_file.add_argument('--on-bad-row', choices=('error', 'skip'), help='error')
   of_file.add_argument('--rows', type=int, help='the first so many; 0 for all')

@@ -108,12 +108,15 @@ class DataSection:
       makes of a row a dict of prompt and completion.
     eval_path: held-out rows; '' takes eval.rows rows out of `path`.
     max_length: longest row in tokens.
-    truncation: a longer row is dropped, has its prompt cut on the left, or is
-      an error. What is learned is never cut.
+    truncation: a longer row is dropped, has its prompt cut on the left, its end
+      cut on the right, or is an error. What is learned is only ever cut on the
+      right: such a row has no EOS, and how many there are is said.
     on_bad_row: a row that does not fit the template is an error or skipped.
     packing: rows to train on stand side by side in packs of max_length tokens,
       and none sees another. Steps, epochs and train.batch_size then count
       packs. Held-out rows are not packed.
+    cache: tokenised rows are kept in ~/.cache/lorax_train/rows (or in that of
+      XDG_CACHE_HOME) and read from there by the next run.
   """
 
   path: str = ''
@@ -124,9 +127,10 @@ class DataSection:
   )
   eval_path: str = ''
   max_length: int = _key(512, at_least=2)
-  truncation: str = _key('drop', choices=('drop', 'left', 'error'))
+  truncation: str = _key('drop', choices=('drop', 'left', 'right', 'error'))
   on_bad_row: str = _key('error', choices=('error', 'skip'))
   packing: bool = False
+  cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,12 @@ def compiled_programs(tmp_path_factory):
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
+@pytest.fixture(autouse=True, scope='session')
+def caches(tmp_path_factory):
+  """Not the user's own, for this process and those it starts."""
+  os.environ['XDG_CACHE_HOME'] = str(tmp_path_factory.mktemp('caches'))
+
+
 @pytest.fixture(autouse=True, scope='module')
 def forget_compiled_programs():
   """Or those of the whole suite would pile up, with memory and mappings."""

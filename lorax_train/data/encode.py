@@ -32,6 +32,7 @@ class Encoded(NamedTuple):
   bos: int
   prompt: int
   truncated: bool = False
+  cut_off: bool = False
   merged: bool = False
 
 

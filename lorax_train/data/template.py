@@ -115,7 +115,7 @@ def template_named(name: str) -> Render:
     return TEMPLATES[name]
   if '{' in name or '}' in name:
     return formatted(name)
-  if ':' in name:
+  if is_function(name):
     return imported(name)
   known = [*TEMPLATES, TOKENS]
   near = difflib.get_close_matches(name, known, n=1)
@@ -125,6 +125,11 @@ def template_named(name: str) -> Render:
     f' {", ".join(known)}, a format string such as {_EXAMPLE}, or'
     ' module:function'
   )
+
+
+def is_function(name: str) -> bool:
+  """Whether `data.template` names a function of the user's."""
+  return ':' in name and not ('{' in name or '}' in name)
 
 
 _EXAMPLE = "'Q: {question} A:{|} {answer}'"

@@ -1,14 +1,17 @@
 """Rows as ids and labels, fitted to a length: what a run reads."""
 
+import contextlib
 import dataclasses
 import difflib
-import hashlib
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorax_train.data.columns import Ragged, Texts, Writer
 from lorax_train.data.encode import (
   NO_LOSS,
   Drop,
@@ -16,7 +19,13 @@ from lorax_train.data.encode import (
   caught,
   encode_rows,
 )
-from lorax_train.data.problems import Problem, RowError, counted, describe
+from lorax_train.data.problems import (
+  Problem,
+  Problems,
+  RowError,
+  counted,
+  describe,
+)
 from lorax_train.data.rows import Row
 from lorax_train.data.template import TOKENS, template_named
 from lorax_train.errors import ConfigError, DataError
@@ -24,8 +33,10 @@ from lorax_train.errors import ConfigError, DataError
 if TYPE_CHECKING:
   from lorax_train.data.tokenize import Tokenizer
 
-_TRUNCATIONS = ('drop', 'error', 'left')
+TRUNCATIONS = ('drop', 'error', 'left', 'right')
 _ON_BAD_ROW = ('error', 'skip')
+_CHUNK = 1024  # rows held at once
+_PART = 2**20  # ids looked at at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Report:
     rows_kept: rows that will be trained on.
     dropped: the others, by reason.
     truncated: kept rows whose front was cut.
+    cut_off: kept rows whose end was cut: they have no EOS to learn.
     merged_boundary: kept rows with a token that is part prompt, part
       completion, and is learned.
     tokens: all tokens of the kept rows.
@@ -48,6 +60,7 @@ class Report:
   rows_kept: int
   dropped: dict[str, int]
   truncated: int
+  cut_off: int
   merged_boundary: int
   tokens: int
   target_tokens: int
@@ -64,6 +77,8 @@ class Report:
       parts.append(f'dropped {counted(Counter(self.dropped))}')
     if self.truncated:
       parts.append(f'{self.truncated:,} cut at the front')
+    if self.cut_off:
+      parts.append(f'{self.cut_off:,} cut at the end, where no EOS is learned')
     if self.merged_boundary:
       parts.append(
         f'{self.merged_boundary:,} with a token across prompt and completion'
@@ -75,37 +90,38 @@ class TokenizedSet(NamedTuple):
   """Rows as ids and labels, in the order they came.
 
   Labels are not shifted (the loss does that, as in transformers); -100 has no
-  loss. `where[i]` is the place of row i in the data.
+  loss.
+
+  Attributes:
+    ids: int32 [T] of each row.
+    labels: int32 [T] of each row.
+    where: the place of each row in the data.
+    report: what became of the rows that were read.
+    fingerprint: sha256 over ids and labels: a resumed run must see the same.
   """
 
-  ids: list[np.ndarray]  # int32 [T], one a row
-  labels: list[np.ndarray]  # int32 [T]
-  where: list[str]
+  ids: Ragged
+  labels: Ragged
+  where: Texts
   report: Report
+  fingerprint: str
 
   @property
   def lengths(self) -> np.ndarray:
     """Tokens of each row, int64 [rows]."""
-    return np.array([len(ids) for ids in self.ids], np.int64)
-
-  @property
-  def fingerprint(self) -> str:
-    """Sha256 over ids and labels: a resumed run must see the same."""
-    digest = hashlib.sha256()
-    for ids, labels in zip(self.ids, self.labels, strict=True):
-      digest.update(len(ids).to_bytes(8, 'little'))
-      digest.update(ids.astype('<i4').tobytes())
-      digest.update(labels.astype('<i4').tobytes())
-    return digest.hexdigest()
+    return np.diff(self.ids.ends, prepend=0)
 
 
 def tokenize_rows(
-  rows: Sequence[Row],
+  rows: Iterable[Row],
   template: str,
   tokenizer: 'Tokenizer | None',
   max_length: int,
   truncation: str = 'drop',
   on_bad_row: str = 'error',
+  *,
+  folder: Path | None = None,
+  progress: Callable[[int, int], None] = lambda rows, tokens: None,
 ) -> TokenizedSet:
   r"""Renders, encodes and labels rows.
 
@@ -121,15 +137,18 @@ def tokenize_rows(
   learned. EOS is always there and always learned, whichever id pads.
 
   Args:
-    rows: what `read_rows` gave.
+    rows: what `iter_rows` or `read_rows` gave; they are not kept.
     template: see `template_named`, or `tokens` for rows that hold `input_ids`
       and perhaps `labels` (without them everything is learned).
     tokenizer: may be None for `tokens`.
     max_length: of a row, BOS and EOS included.
-    truncation: what becomes of a longer row. `drop`; `error`; or `left`: the
+    truncation: what becomes of a longer row. `drop`; `error`; `left`: the
       front of the prompt is cut, never BOS, completion or EOS. Rows of `tokens`
-      lose their front.
+      lose their front. `right`: the end is cut, EOS with it, so that the row
+      does not teach to stop there; such rows are counted apart.
     on_bad_row: what becomes of a row the template can't use: `error`, `skip`.
+    folder: where the ids go, an empty directory; None keeps them in memory.
+    progress: told now and then how many rows and tokens there are by now.
 
   Returns:
     The rows that are left, at least one.
@@ -139,43 +158,88 @@ def tokenize_rows(
       row left.
     ModelError: a template that needs a tokenizer has none.
     ConfigError: an unknown `truncation` or `on_bad_row`.
+    OSError: `folder` can't be written into.
   """
-  _check_option('truncation', truncation, _TRUNCATIONS)
+  _check_option('truncation', truncation, TRUNCATIONS)
   _check_option('on_bad_row', on_bad_row, _ON_BAD_ROW)
-  encoded: list[Encoded] = []
-  where: list[str] = []
-  bad: list[Problem] = []
-  dropped: list[Problem] = []
-  for row, result in encode_rows(rows, template, tokenizer):
-    try:
-      if isinstance(result, RowError):
-        raise result
-      encoded.append(_fit(result, max_length, truncation))
-      where.append(row.where)
-    except Drop as drop:
-      dropped.append(Problem(row.where, drop.reason, drop.detail))
-    except RowError as error:
-      bad.append(Problem(row.where, error.reason, error.detail))
-  if bad and on_bad_row == 'error':
-    raise DataError(
-      f'bad rows: {describe(bad)}; mend them, or leave them out with'
-      ' --config.data.on_bad_row=skip'
+  totals = _Totals()
+  with contextlib.closing(Writer(folder)) as writer:
+    for chunk in _chunks(rows):
+      for row, result in encode_rows(chunk, template, tokenizer):
+        try:
+          if isinstance(result, RowError):
+            raise result
+          kept = _fit(result, max_length, truncation)
+        except RowError as error:
+          totals.leave_out(row, error)
+        else:
+          ids, labels = (np.array(x, np.int32) for x in (kept.ids, kept.labels))
+          writer.append(ids, labels, row.where)
+          totals.keep(kept)
+      totals.n['read'] += len(chunk)
+      progress(totals.n['read'], totals.n['tokens'])
+    totals.check(truncation, on_bad_row)
+    columns = writer.finish()
+  return TokenizedSet(*columns, totals.report(), writer.fingerprint)
+
+
+class _TooLong(Drop):
+  """A row that `truncation` does not cut."""
+
+
+class _Totals:
+  """What becomes of the rows, while they go by."""
+
+  def __init__(self):
+    self.n: Counter[str] = Counter()
+    self._bad, self._dropped, self._too_long = (Problems() for _ in range(3))
+    self._longest = 0
+
+  def keep(self, row: Encoded) -> None:
+    n = self.n
+    n['rows'] += 1
+    n['tokens'] += len(row.ids)
+    n['targets'] += _targets(row.labels)
+    n['truncated'] += row.truncated
+    n['cut_off'] += row.cut_off
+    n['merged'] += row.merged
+    self._longest = max(self._longest, len(row.ids))
+
+  def leave_out(self, row: Row, error: RowError) -> None:
+    problem = Problem(row.where, error.reason, error.detail)
+    (self._dropped if isinstance(error, Drop) else self._bad).add(problem)
+    if isinstance(error, _TooLong):
+      self._too_long.add(problem)
+
+  def check(self, truncation: str, on_bad_row: str) -> None:
+    """Raises DataError where the rows may not be used as they are."""
+    if self._bad and on_bad_row == 'error':
+      raise DataError(
+        f'bad rows: {describe(self._bad)}; mend them, or leave them out with'
+        ' --config.data.on_bad_row=skip'
+      )
+    if self._too_long and truncation == 'error':
+      raise DataError(
+        f'over-long rows: {describe(self._too_long)}; raise --config.data.max_length,'
+        ' or set --config.data.truncation=drop'
+      )
+    if not self.n['rows']:
+      gone = describe(self._bad + self._dropped) if self.n['read'] else '0 rows'
+      raise DataError(f'no row is left to train on: dropped {gone}')
+
+  def report(self) -> Report:
+    n = self.n
+    return Report(
+      rows_read=n['read'],
+      rows_kept=n['rows'],
+      dropped=dict((self._bad + self._dropped).counts),
+      truncated=n['truncated'],
+      cut_off=n['cut_off'],
+      merged_boundary=n['merged'],
+      tokens=n['tokens'],
+      target_tokens=n['targets'],
+      longest=self._longest,
     )
-  too_long = [p for p in dropped if p.reason == _too_long(max_length)]
-  if too_long and truncation == 'error':
-    raise DataError(
-      f'over-long rows: {describe(too_long)}; raise --config.data.max_length,'
-      ' or set --config.data.truncation=drop'
-    )
-  if not encoded:
-    gone = describe(bad + dropped) if rows else '0 rows'
-    raise DataError(f'no row is left to train on: dropped {gone}')
-  return TokenizedSet(
-    ids=[np.array(row.ids, np.int32) for row in encoded],
-    labels=[np.array(row.labels, np.int32) for row in encoded],
-    where=where,
-    report=_report(rows, encoded, bad + dropped),
-  )
 
 
 def rendered_texts(rows: Sequence[Row], template: str, limit: int) -> list[str]:
@@ -197,19 +261,36 @@ def check_ids(tokenized: TokenizedSet, rows_in_embedding: int) -> None:
   Raises:
     DataError: with the first places and ids.
   """
-  problems = []
-  for where, ids, labels in zip(
-    tokenized.where, tokenized.ids, tokenized.labels, strict=True
+
+  def outside(x: np.ndarray) -> np.ndarray:
+    return ((x < 0) | (x >= rows_in_embedding)) & (x != NO_LOSS)
+
+  columns = tokenized.ids, tokenized.labels
+  if not any(
+    outside(part).any()
+    for column in columns
+    for part in np.array_split(column.flat, -(-len(column.flat) // _PART))
   ):
-    both = np.concatenate([ids, labels[labels != NO_LOSS]])
-    wrong = both[(both < 0) | (both >= rows_in_embedding)]
+    return
+  problems = Problems()
+  for where, *rows in zip(tokenized.where, *columns, strict=True):
+    both = np.concatenate(rows)
+    wrong = both[outside(both)]
     if wrong.size:
-      problems.append(Problem(where, 'id outside', f'id {wrong[0]}'))
-  if problems:
-    raise DataError(
-      f"ids outside the embedding's {rows_in_embedding} rows:"
-      f' {describe(problems)}; encode them with the tokenizer of this model'
-    )
+      problems.add(Problem(where, 'id outside', f'id {wrong[0]}'))
+  raise DataError(
+    f"ids outside the embedding's {rows_in_embedding} rows:"
+    f' {describe(problems)}; encode them with the tokenizer of this model'
+  )
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+  """Rows some at a time; of no rows, an empty chunk: it is looked at too."""
+  rows = iter(rows)
+  chunk = list(itertools.islice(rows, _CHUNK))
+  yield chunk
+  while chunk := list(itertools.islice(rows, _CHUNK)):
+    yield chunk
 
 
 def _check_option(name: str, value: str, known: Sequence[str]) -> None:
@@ -221,15 +302,17 @@ def _check_option(name: str, value: str, known: Sequence[str]) -> None:
     )
 
 
-def _too_long(max_length: int) -> str:
-  return f'longer than {max_length} tokens'
-
-
 def _fit(row: Encoded, max_length: int, truncation: str) -> Encoded:
   over = len(row.ids) - max_length
-  if over > 0:
+  if over > 0 and truncation == 'right':
+    row = row._replace(
+      ids=row.ids[:max_length], labels=row.labels[:max_length], cut_off=True
+    )
+  elif over > 0:
     if truncation != 'left':
-      raise Drop(_too_long(max_length), f'{len(row.ids)} tokens')
+      raise _TooLong(
+        f'longer than {max_length} tokens', f'{len(row.ids)} tokens'
+      )
     if over > row.prompt:
       raise Drop(f'completion longer than {max_length} tokens')
     row = row._replace(
@@ -244,19 +327,5 @@ def _fit(row: Encoded, max_length: int, truncation: str) -> Encoded:
 
 def _targets(labels: Sequence[int]) -> int:
   # Nothing comes before the first token, so nothing predicts it.
-  return sum(label != NO_LOSS for label in labels[1:])
-
-
-def _report(
-  rows: Sequence[Row], encoded: Sequence[Encoded], gone: Sequence[Problem]
-) -> Report:
-  return Report(
-    rows_read=len(rows),
-    rows_kept=len(encoded),
-    dropped=dict(Counter(p.reason for p in gone)),
-    truncated=sum(row.truncated for row in encoded),
-    merged_boundary=sum(row.merged for row in encoded),
-    tokens=sum(len(row.ids) for row in encoded),
-    target_tokens=sum(_targets(row.labels) for row in encoded),
-    longest=max(len(row.ids) for row in encoded),
-  )
+  n = len(labels) - labels.count(NO_LOSS)
+  return n - (labels[0] != NO_LOSS)

@@ -29,6 +29,7 @@ _INPUTS = {
 # nor which rows are trained on, and when.
 _FREE = (
   'checkpoint.',
+  'data.cache',
   'eval.every',
   'eval.samples',
   'mesh.',

@@ -13,7 +13,7 @@ import optax
 from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import batches, packing, source, tokenize, tokenized
+from lorax_train.data import batches, packing, prepare, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import peft
@@ -26,9 +26,6 @@ from lorax_train.train import step as step_lib
 from lorax_train.train.step import TrainState
 
 Tree = Any
-
-# Rows on which two tokenizer files of a model must agree before training.
-_PREFLIGHT_ROWS = 200
 
 
 class Rows(NamedTuple):
@@ -215,18 +212,15 @@ def read_rows(
   """
   tokenizer = _tokenizer(cfg, model_dir, model_cfg)
 
+  options = prepare.Options(
+    cfg.data.max_length,
+    cfg.data.truncation,
+    cfg.data.on_bad_row,
+    cfg.data.cache,
+  )
+
   def read(path: str) -> tokenized.TokenizedSet:
-    raw = source.read_rows(path)
-    texts = tokenized.rendered_texts(raw, cfg.data.template, _PREFLIGHT_ROWS)
-    tokenize.check_same_ids(model_dir, texts)
-    rows = tokenized.tokenize_rows(
-      raw,
-      cfg.data.template,
-      tokenizer,
-      cfg.data.max_length,
-      cfg.data.truncation,
-      cfg.data.on_bad_row,
-    )
+    rows = prepare.prepare(path, cfg.data.template, tokenizer, options)
     tokenized.check_ids(rows, model_cfg.vocab)
     return rows
 
@@ -246,8 +240,9 @@ def read_rows(
   )
   packs = None
   if cfg.data.packing:
-    lengths = [len(train_set.ids[i]) for i in train_rows]
-    packs = packing.pack_rows(lengths, cfg.data.max_length, train_rows)
+    packs = packing.pack_rows(
+      train_set.lengths[train_rows], cfg.data.max_length, train_rows
+    )
   return Rows(
     train_set, train_rows, eval_set, eval_rows, longest, tokenizer, packs
   )

@@ -50,7 +50,7 @@ def test_ids_and_labels(abc_dir, prompt, completion, ids, labels, merged):
   )
   assert lists(tokenized) == [(ids, labels)]
   assert tokenized.ids[0].dtype == tokenized.labels[0].dtype == np.int32
-  assert tokenized.where == ['a.jsonl:1']
+  assert list(tokenized.where) == ['a.jsonl:1']
   report = tokenized.report
   assert (report.merged_boundary, report.tokens) == (merged, len(ids))
   assert report.target_tokens == sum(label != _ for label in labels)
@@ -133,6 +133,36 @@ def test_long_rows_as_an_error(abc_dir):
     ' tokens), a.jsonl:3 (12 tokens); raise --config.data.max_length, or set'
     ' --config.data.truncation=drop'
   )
+
+
+@pytest.mark.parametrize(
+  'max_length, kept, cut_off, dropped',
+  [
+    (7, [[1, 5, 5, 5, 6, 3, 2], [1, 6, 2]], 0, {}),
+    (6, [[1, 5, 5, 5, 6, 3], [1, 6, 2]], 1, {}),
+    (5, [[1, 5, 5, 5, 6], [1, 6, 2]], 1, {}),
+    # nothing of the answer is left
+    (4, [[1, 6, 2]], 0, {'nothing to learn': 1}),
+    (2, [[1, 6]], 1, {'nothing to learn': 1}),
+  ],
+)
+def test_cut_at_the_end(abc_dir, max_length, kept, cut_off, dropped):
+  tokenized = tokenize_rows(
+    pairs(('ccc', 'aba'), ('', 'ab')),
+    'prompt_completion',
+    load_tokenizer(abc_dir),
+    max_length,
+    truncation='right',
+  )
+  assert [ids for ids, _ in lists(tokenized)] == kept
+  for ids, labels in lists(tokenized):
+    n = ids.index(6)
+    assert labels == [_] * n + ids[n:]
+  report = tokenized.report
+  assert (report.cut_off, report.dropped) == (cut_off, dropped)
+  assert report.truncated == 0
+  said = f'{cut_off} cut at the end, where no EOS is learned'
+  assert (said in report.summary()) == bool(cut_off)
 
 
 BAD = [
@@ -231,13 +261,14 @@ def test_more_rows_than_are_encoded_at_once(abc_dir):
     on_bad_row='skip',
   )
   good = [(n, text) for n, text in enumerate(texts, start=1) if text]
-  assert tokenized.where == [f'a.jsonl:{n}' for n, _ in good]
+  assert list(tokenized.where) == [f'a.jsonl:{n}' for n, _ in good]
   assert [len(ids) - 2 for ids in tokenized.ids] == [len(t) for _, t in good]
   assert dataclasses.asdict(tokenized.report) == {
     'rows_read': 2500,
     'rows_kept': len(good),
     'dropped': {'empty completion': 2500 - len(good)},
     'truncated': 0,
+    'cut_off': 0,
     'merged_boundary': 0,
     'tokens': sum(len(text) + 2 for _, text in good),
     'target_tokens': sum(len(text) + 1 for _, text in good),

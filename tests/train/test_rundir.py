@@ -131,6 +131,7 @@ CHANGES = [
   ('data.truncation', 'left', False),
   ('data.on_bad_row', 'skip', False),
   ('data.packing', True, False),
+  ('data.cache', False, True),
   ('train.batch_size', 16, False),
   ('train.grad_accum', 2, False),
   ('train.learning_rate', 1e-5, False),
