@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -181,10 +182,23 @@ def export(argv: Sequence[str]) -> int:
   return 0
 
 
-def evaluate(argv: Sequence[str]) -> int:
-  """Loss per learned token: of a run's held-out rows, or of a file's."""
+def _add_data(group: argparse._ArgumentGroup) -> None:
+  """Options of verbs that read the rows of a file."""
   from lorax_train.data.template import TEMPLATES, TOKENS
 
+  group.add_argument('--data', help='file or directory of rows, or a hub id')
+  group.add_argument(
+    '--template', help=f'{", ".join((*TEMPLATES, TOKENS))}, or your own'
+  )
+  group.add_argument('--max-length', type=int, help='of a row in tokens; 512')
+  group.add_argument(
+    '--truncation', choices=('drop', 'left', 'right', 'error'), help='drop'
+  )
+  group.add_argument('--on-bad-row', choices=('error', 'skip'), help='error')
+
+
+def evaluate(argv: Sequence[str]) -> int:
+  """Loss per learned token: of a run's held-out rows, or of a file's."""
   # What is not given keeps the default of the function that is called.
   absent = argparse.SUPPRESS
   parser = _Parser(
@@ -195,16 +209,8 @@ def evaluate(argv: Sequence[str]) -> int:
   which.add_argument('--run', help='run directory: its rows, its adapter')
   which.add_argument('--model', help=_SHARED['--model']['help'])
   of_file = parser.add_argument_group('with --model')
-  of_file.add_argument('--data', help='.json or .jsonl file, or a hub id')
-  of_file.add_argument(
-    '--template', help=f'{", ".join((*TEMPLATES, TOKENS))}, or your own'
-  )
   of_file.add_argument('--adapter', **_SHARED['--adapter'])
-  of_file.add_argument('--max-length', type=int, help='of a row in tokens; 512')
-  of_file.add_argument(
-    '--truncation', choices=('drop', 'left', 'right', 'error'), help='drop'
-  )
-  of_file.add_argument('--on-bad-row', choices=('error', 'skip'), help='error')
+  _add_data(of_file)
   of_file.add_argument('--rows', type=int, help='the first so many; 0 for all')
   for name in ('--dtype', '--batch-size'):
     of_file.add_argument(name, **_SHARED[name] | {'default': absent})
@@ -220,6 +226,78 @@ def evaluate(argv: Sequence[str]) -> int:
   report = room.evaluate_run(run) if of_run else room.evaluate_file(**given)
   print(json.dumps(report) if as_json else room.text(report))
   return 0
+
+
+def data(argv: Sequence[str]) -> int:
+  """Show what training will see: rows, their loss mask, statistics."""
+  parser = _Parser(
+    'lorax-train data',
+    description=data.__doc__,
+    usage='%(prog)s --config FILE [--config.a.b=v ...] [--rows N] [--json]\n'
+    '       %(prog)s --model DIR --data PATH --template T [--rows N] [--json]',
+    argument_default=argparse.SUPPRESS,
+    allow_abbrev=False,
+  )
+  parser.add_argument('--json', default=False, **_SHARED['--json'])
+  parser.add_argument(
+    '--rows', type=int, default=3, help='so many are shown in full; 3'
+  )
+  of_file = parser.add_argument_group('without --config')
+  of_file.add_argument('--model', help=_SHARED['--model']['help'])
+  _add_data(of_file)
+  known, of_config = parser.parse_known_args(argv)
+  given = vars(known)
+  as_json, n_rows = given.pop('json'), given.pop('rows')
+  if given and of_config:
+    parser.error(f'{of_config[0]} does not go with --{next(iter(given))}')
+  missing = [n for n in ('model', 'data', 'template') if n not in given]
+  if given and missing:
+    parser.error(f'give {", ".join(f"--{n}" for n in missing)}')
+  from lorax_train import main
+
+  cfg = None if given else main.parse(['lorax-train data', *of_config])
+  from lorax_train.train import dataview as room
+
+  if cfg is None:
+    facts = room.describe_file(n_rows=n_rows, **given)
+  else:
+    facts = room.describe(cfg, n_rows)
+  _write(json.dumps(facts) if as_json else room.text(facts, _in_colour()))
+  return 0
+
+
+def _in_colour() -> bool:
+  """Whether stdout is a terminal whose user has nothing against colour."""
+  if os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb':
+    return False
+  return sys.stdout.isatty()
+
+
+def _write(text: str) -> None:
+  """Prints, in whatever characters stdout can be told."""
+  encoding = sys.stdout.encoding or 'utf-8'
+  print(text.encode(encoding, 'backslashreplace').decode(encoding))
+
+
+def validate(argv: Sequence[str]) -> int:
+  """Check that `train` would start, and that the rows are sound."""
+  parser = _Parser(
+    'lorax-train validate',
+    description=validate.__doc__,
+    usage='%(prog)s --config FILE [--config.a.b=v ...] [--json]',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--json', **_SHARED['--json'])
+  args, of_config = parser.parse_known_args(argv)
+  from lorax_train import main
+
+  cfg = main.parse(['lorax-train validate', *of_config])
+  from lorax_train.train import validate as room
+
+  checks = room.validate(cfg)
+  report = room.report(checks)
+  _write(json.dumps(report) if args.json else room.text(checks))
+  return report['exit_code']
 
 
 def inspect(argv: Sequence[str]) -> int:
@@ -241,6 +319,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
   'merge': merge,
   'export': export,
   'eval': evaluate,
+  'data': data,
+  'validate': validate,
   'inspect': inspect,
 }
 

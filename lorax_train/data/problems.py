@@ -34,15 +34,19 @@ class Problems:
   ...   bad.add(Problem(f'a:{line}', 'not JSON'))
   >>> len(bad), bad.counts['not JSON'], [p.where for p in bad.first]
   (999999, 999998, ['a:1', 'a:2', 'a:3', 'a:4', 'a:5'])
+  >>> bad.places['not JSON'], bad.places['empty']
+  (['a:2', 'a:3', 'a:4', 'a:5', 'a:6'], ['a:1'])
 
   Attributes:
     counts: how many there are of each reason.
     first: the first of all.
+    places: the first of each reason.
   """
 
   def __init__(self, problems: Iterable[Problem] = ()):
     self.counts: Counter[str] = Counter()
     self.first: list[Problem] = []
+    self.places: dict[str, list[str]] = {}
     self._n = 0
     for problem in problems:
       self.add(problem)
@@ -50,14 +54,16 @@ class Problems:
   def add(self, problem: Problem) -> None:
     """Counts one; those of a file come in the order of its rows."""
     self._n += 1
-    self._count(problem.reason, 1)
+    self._count(problem.reason, 1, [problem.where])
     if len(self.first) < _PLACES:
       self.first.append(problem)
 
-  def _count(self, reason: str, n: int) -> None:
+  def _count(self, reason: str, n: int, where: list[str]) -> None:
     if len(self.counts) >= _COUNTED and reason not in self.counts:
       reason = 'another reason'
     self.counts[reason] += n
+    places = self.places.setdefault(reason, [])
+    places += where[: _PLACES - len(places)]
 
   def __len__(self) -> int:
     return self._n
@@ -69,7 +75,7 @@ class Problems:
       both._n += len(part)
       both.first += part.first[: _PLACES - len(both.first)]
       for reason, n in part.counts.items():
-        both._count(reason, n)
+        both._count(reason, n, part.places[reason])
     return both
 
 

@@ -54,6 +54,7 @@ class Report:
     tokens: all tokens of the kept rows.
     target_tokens: those that the loss is on.
     longest: tokens of the longest kept row.
+    dropped_at: first places of the rows that were dropped, by reason.
   """
 
   rows_read: int
@@ -65,6 +66,7 @@ class Report:
   tokens: int
   target_tokens: int
   longest: int
+  dropped_at: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
   def summary(self) -> str:
     """One line for the log."""
@@ -228,17 +230,18 @@ class _Totals:
       raise DataError(f'no row is left to train on: dropped {gone}')
 
   def report(self) -> Report:
-    n = self.n
+    n, gone = self.n, self._bad + self._dropped
     return Report(
       rows_read=n['read'],
       rows_kept=n['rows'],
-      dropped=dict((self._bad + self._dropped).counts),
+      dropped=dict(gone.counts),
       truncated=n['truncated'],
       cut_off=n['cut_off'],
       merged_boundary=n['merged'],
       tokens=n['tokens'],
       target_tokens=n['targets'],
       longest=self._longest,
+      dropped_at=gone.places,
     )
 
 

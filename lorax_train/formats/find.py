@@ -9,7 +9,9 @@ from lorax_train.formats import gguf
 _SUFFIX = '.gguf'
 
 
-def find_model(path: str, remedy: str = 'give a local directory') -> Path:
+def find_model(
+  path: str, remedy: str = 'give a local directory', weights: bool = True
+) -> Path:
   """A model directory: `path` itself, or one made or fetched from it.
 
   A GGUF file is converted once, into the user's cache. Local paths touch no
@@ -19,6 +21,7 @@ def find_model(path: str, remedy: str = 'give a local directory') -> Path:
   Args:
     path: as the user gave it.
     remedy: what to do where the hub can't be reached.
+    weights: whether those of a repo on the hub are wanted as well.
 
   Raises:
     ModelError: no such directory or file, a GGUF file that we can't read, or
@@ -32,7 +35,7 @@ def find_model(path: str, remedy: str = 'give a local directory') -> Path:
     return gguf.convert(local)
   is_local = path.startswith(('.', '/', '~')) or path.count('/') != 1 or is_gguf
   if not (local.exists() or is_local):
-    return _download(path, remedy)
+    return _download(path, remedy, weights)
   if is_gguf:
     raise ModelError(
       f'model {path}: no such file; give a GGUF file or a model directory'
@@ -45,7 +48,7 @@ def find_model(path: str, remedy: str = 'give a local directory') -> Path:
   )
 
 
-def _download(repo_id: str, remedy: str) -> Path:
+def _download(repo_id: str, remedy: str, weights: bool) -> Path:
   import huggingface_hub
 
   try:
@@ -54,9 +57,9 @@ def _download(repo_id: str, remedy: str) -> Path:
         repo_id,
         allow_patterns=[
           '*.json',
-          'model*.safetensors',
           'tokenizer.model',
           '*.jinja',
+          *(['model*.safetensors'] if weights else []),
         ],
         etag_timeout=5,
       )

@@ -72,6 +72,22 @@ def load_params(
   return params_lib.nest(by_path)
 
 
+def check_headers(directory: Path, cfg: DecoderConfig) -> int:
+  """Compares names, shapes and dtypes of the weights with config.json.
+
+  Of the weights themselves only those are read that the model ties and that are
+  stored twice.
+
+  Returns:
+    How many tensors there are.
+
+  Raises:
+    ModelError: names every tensor that is missing, too many or of another shape.
+  """
+  sources = _match(directory, cfg, safetensors.open_dir(directory))
+  return sum(map(len, sources.values()))
+
+
 def _load(
   param: Param,
   refs: Sequence[TensorRef],

@@ -6,7 +6,6 @@ come from one compilation.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data import batches
@@ -29,7 +27,7 @@ from lorax_train.errors import (
 from lorax_train.formats import find, hf, hf_config, safetensors
 from lorax_train.infer.inspection import aligned
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import checkpoint, setup
+from lorax_train.train import checkpoint, options, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.inspection import read_run
 from lorax_train.train.setup import Rows
@@ -156,27 +154,21 @@ def evaluate_file(
   """
   if rows < 0:
     raise ConfigError(f'--rows {rows}: give 0 for all of them, or a number')
-  mapping = config_lib.defaults()
-  mapping['model'].update(
-    path=model, dtype=dtype, param_dtype=dtype, remat='none'
+  cfg = options.config_of(
+    model,
+    data,
+    template,
+    max_length,
+    truncation,
+    on_bad_row,
+    adapter=adapter,
+    batch_size=batch_size,
+    dtype=dtype,
   )
-  mapping['lora'].update(init_from=adapter)
-  mapping['data'].update(
-    path=data,
-    template=template,
-    max_length=max_length,
-    truncation=truncation,
-    on_bad_row=on_bad_row,
-  )
-  mapping['train'].update(batch_size=batch_size)
-  mapping['eval'].update(rows=0)
-  try:
-    cfg = config_lib.from_mapping(mapping)
+  with options.reworded():
     model_dir = find.find_model(model)
     model_cfg = hf_config.read_config(model_dir)
     every = setup.read_rows(cfg, model_dir, model_cfg)
-  except (ConfigError, DataError) as error:
-    raise type(error)(_reworded(str(error))) from None
   chosen = every._replace(eval_rows=every.train_rows[: rows or None])
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   return _evaluate(cfg, chosen, model_dir, model_cfg, mesh)
@@ -303,14 +295,3 @@ def _words(values: Report) -> str:
   perplexity = values['perplexity']
   known = 'too large' if perplexity is None else f'{perplexity:,.3f}'
   return f'loss {values["loss"]:.6f}, perplexity {known}'
-
-
-def _reworded(message: str) -> str:
-  """A message about configuration keys as one about the verb's options."""
-
-  def option(found: re.Match) -> str:
-    return '--' + {'path': 'data'}.get(found[1], found[1].replace('_', '-'))
-
-  message = re.sub(r'--config\.data\.(\w+)', option, message)
-  message = re.sub(r'(?:data|train)\.(max_length|batch_size)', option, message)
-  return message.replace('left to train on', 'left to evaluate')

@@ -5,6 +5,7 @@ directory; the kernel drops it when a process dies, however it dies.
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -52,23 +53,57 @@ def locked(run_dir: Path) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     file = open(run_dir / 'LOCK', 'a+', encoding='utf-8')  # noqa: SIM115
   except OSError as error:
-    raise OSError(
-      f'run_dir {run_dir}: cannot be written to ({error.strerror}): give'
-      ' another run_dir'
-    ) from error
+    raise _unwritable(run_dir, error.strerror) from error
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
-      raise LockedError(
-        f'run_dir {run_dir}: in use by {file.read().strip() or "another run"};'
-        ' wait for it or give another run_dir'
-      ) from None
+      raise _in_use(run_dir, file.read()) from None
     file.truncate(0)
     file.write(f'pid {os.getpid()}\n')
     file.flush()
     yield
+
+
+def check_usable(run_dir: Path) -> None:
+  """Refuses a directory that `locked` would refuse; makes and writes nothing.
+
+  Raises:
+    LockedError: another process holds it.
+    OSError: can't be written to.
+  """
+  there = next(p for p in (run_dir, *run_dir.parents) if p.exists())
+  mistake = 0
+  if not there.is_dir():
+    mistake = errno.ENOTDIR
+  elif not os.access(there, os.W_OK | os.X_OK):
+    mistake = errno.EACCES
+  if mistake:
+    raise _unwritable(run_dir, f'{os.strerror(mistake)}: {there}')
+  try:
+    file = open(run_dir / 'LOCK', encoding='utf-8')  # noqa: SIM115
+  except FileNotFoundError:
+    return
+  with file:
+    try:
+      # Shared, and let go at once: no run that starts now is in its way.
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _in_use(run_dir, file.read()) from None
+
+
+def _unwritable(run_dir: Path, cause: str | None) -> OSError:
+  return OSError(
+    f'run_dir {run_dir}: cannot be written to ({cause}): give another run_dir'
+  )
+
+
+def _in_use(run_dir: Path, holder: str) -> LockedError:
+  return LockedError(
+    f'run_dir {run_dir}: in use by {holder.strip() or "another run"}; wait for'
+    ' it or give another run_dir'
+  )
 
 
 def check_same_run(

@@ -273,6 +273,9 @@ def test_more_rows_than_are_encoded_at_once(abc_dir):
     'tokens': sum(len(text) + 2 for _, text in good),
     'target_tokens': sum(len(text) + 1 for _, text in good),
     'longest': 7,
+    'dropped_at': {
+      'empty completion': [f'a.jsonl:{n}' for n in (1, 8, 15, 22, 29)]
+    },
   }
 
 

@@ -1,0 +1,370 @@
+"""What training will see of the data, as facts and in words.
+
+Neither weights nor devices are touched: config.json and the tokenizer will do.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax_train.config import TrainConfig
+from lorax_train.data import packing, preview, statistics
+from lorax_train.data.statistics import Repeats
+from lorax_train.data.tokenize import Tokenizer
+from lorax_train.data.tokenized import TokenizedSet
+from lorax_train.errors import ConfigError, ModelError
+from lorax_train.formats import find, hf_config
+from lorax_train.formats.jsonfile import read_object
+from lorax_train.infer.inspection import aligned
+from lorax_train.train import options, setup
+from lorax_train.train.setup import Rows
+
+Facts = dict[str, Any]
+
+# Pieces that end a turn in the chat formats of Mistral and Llama's relatives.
+_TURN_ENDS = (
+  '<|im_end|>',
+  '<|eot_id|>',
+  '<|eom_id|>',
+  '<|end|>',
+  '<end_of_turn>',
+  '<|end_of_turn|>',
+)
+_PLACES = 5
+_TOLD = 3  # of these, in words
+_BAR = 40
+
+
+def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
+  """The rows that a configuration trains on, counted, and the first of them.
+
+  Args:
+    cfg: of the run.
+    n_rows: so many training rows are shown in full.
+    a_run: whether steps and batches are meant; if not, only rows are.
+
+  Returns:
+    model, data, eval_data (None: out of data), template, max_length;
+    rows {read, kept, train, held_out}: of data; held_out is of eval_data where
+      there is one;
+    dropped [{reason, rows, first}], truncated, cut_off, merged_boundary: of data;
+    tokens, learned_tokens, and all that follows: of the rows to train on;
+    lengths {shortest, mean, longest, quantiles {per cent: tokens}, bins [{from,
+      to, rows}]};
+    padding {packing, plain {rows, length, share}, packed {packs, length,
+      share}}: shares from 0 to 1;
+    ends {ids, learned, share, missing}: rows that learn to end, and the first
+      places of those that do not;
+    duplicates {rows, first [[place, earlier place]]};
+    leaks {rows, first [[held-out place, training place]]};
+    run {steps, batch, epochs}, a batch in rows or packs; None without a run;
+    examples [{where, tokens, learned_tokens, end_learned, ids, labels, pieces,
+      runs [{text, learned, piece}]}].
+
+  Raises:
+    UserError: what stops a run at the same point.
+  """
+  if n_rows < 0:
+    raise ConfigError(f'--rows {n_rows}: give 0 for none, or a number')
+  model_dir = find.find_model(cfg.model.path, weights=False)
+  rows = setup.read_rows(cfg, model_dir, hf_config.read_config(model_dir))
+  train_set, train_rows, report = (
+    rows.train_set,
+    rows.train_rows,
+    rows.train_set.report,
+  )
+  lengths = np.asarray(train_set.lengths)[train_rows]
+  ends = end_ids(model_dir, rows.tokenizer)
+  open_rows = statistics.without_end(train_set, train_rows, ends)
+  again = statistics.duplicates(train_set, train_rows)
+  seen = statistics.leaks(train_set, train_rows, rows.eval_set, rows.eval_rows)
+  learned = statistics.learned(train_set, train_rows)
+  return {
+    'model': cfg.model.path,
+    'data': cfg.data.path,
+    'eval_data': cfg.data.eval_path or None,
+    'template': cfg.data.template,
+    'max_length': cfg.data.max_length,
+    'rows': {
+      'read': report.rows_read,
+      'kept': report.rows_kept,
+      'train': len(train_rows),
+      'held_out': len(rows.eval_rows),
+    },
+    'dropped': [
+      {'reason': reason, 'rows': n, 'first': report.dropped_at.get(reason, [])}
+      for reason, n in report.dropped.items()
+    ],
+    'truncated': report.truncated,
+    'cut_off': report.cut_off,
+    'merged_boundary': report.merged_boundary,
+    'tokens': int(lengths.sum()),
+    'learned_tokens': int(learned.sum()),
+    'lengths': {
+      'shortest': int(lengths.min()),
+      'mean': float(lengths.mean()),
+      'longest': int(lengths.max()),
+      'quantiles': {
+        str(q): n for q, n in statistics.quantiles(lengths).items()
+      },
+      'bins': [
+        {'from': begin, 'to': end, 'rows': n}
+        for begin, end, n in statistics.histogram(lengths)
+      ],
+    },
+    'padding': _padding(cfg, rows, lengths),
+    'ends': {
+      'ids': ends,
+      'learned': len(train_rows) - len(open_rows),
+      'share': 1 - len(open_rows) / len(train_rows),
+      'missing': places(train_set, open_rows),
+    },
+    'duplicates': _repeats(again, train_set, train_set),
+    'leaks': _repeats(seen, rows.eval_set, train_set),
+    'run': _run(cfg, rows) if a_run else None,
+    'examples': [_example(rows, int(i), ends) for i in train_rows[:n_rows]],
+  }
+
+
+def describe_file(
+  model: str, data: str, template: str, n_rows: int = 3, **rest: Any
+) -> Facts:
+  """`describe` of a file's rows, all of them, without a configuration.
+
+  Args:
+    model: directory in Hugging Face format, or a hub id.
+    data: see `data.path` of the configuration.
+    template: likewise.
+    n_rows: see `describe`.
+    **rest: max_length, truncation, on_bad_row; see `options.config_of`.
+  """
+  cfg = options.config_of(model, data, template, **rest)
+  with options.reworded('show'):
+    return describe(cfg, n_rows, a_run=False)
+
+
+def end_ids(model_dir: Path, tokenizer: Tokenizer | None) -> list[int]:
+  """Ids that may end an answer: the model's EOS, or the end of a turn."""
+  ids: set[int] = set()
+  if tokenizer is not None:
+    turns = (tokenizer.library.id_of(piece) for piece in _TURN_ENDS)
+    ids |= {tokenizer.eos_id, *(i for i in turns if i is not None)}
+  for name in ('config.json', 'generation_config.json'):
+    value = _object(model_dir / name).get('eos_token_id')
+    values = value if isinstance(value, list) else [value]
+    ids |= {i for i in values if type(i) is int}
+  return sorted(ids)
+
+
+def bos_id(
+  model_dir: Path, tokenizer: Tokenizer | None, ends: Sequence[int]
+) -> int | None:
+  """What begins a row and nothing else; None where there is no such id."""
+  if tokenizer is not None:
+    id = tokenizer.bos_id
+  else:
+    id = _object(model_dir / 'config.json').get('bos_token_id')
+  return id if type(id) is int and id not in ends else None
+
+
+def _object(path: Path) -> dict[str, Any]:
+  try:
+    return read_object(path)
+  except ModelError:  # of no use here, and told where it is needed
+    return {}
+
+
+def places(
+  tokenized: TokenizedSet, rows: Sequence[int] | np.ndarray
+) -> list[str]:
+  """The first places of some rows of a set."""
+  return [tokenized.where[i] for i in rows[:_PLACES]]
+
+
+def _repeats(
+  found: Repeats, of_rows: TokenizedSet, of_earlier: TokenizedSet
+) -> Facts:
+  pairs = zip(found.rows[:_PLACES], found.earlier[:_PLACES], strict=True)
+  return {
+    'rows': len(found.rows),
+    'first': [[of_rows.where[i], of_earlier.where[j]] for i, j in pairs],
+  }
+
+
+def _padding(cfg: TrainConfig, rows: Rows, lengths: np.ndarray) -> Facts:
+  packs = rows.packs or packing.pack_rows(
+    lengths, cfg.data.max_length, rows.train_rows
+  )
+  n_packs, tokens = len(packs.rows), int(lengths.sum())
+  return {
+    'packing': rows.packs is not None,
+    'plain': {
+      'rows': len(lengths),
+      'length': rows.length,
+      'share': statistics.padding(tokens, len(lengths), rows.length),
+    },
+    'packed': {
+      'packs': n_packs,
+      'length': packs.length,
+      'share': statistics.padding(tokens, n_packs, packs.length),
+    },
+  }
+
+
+def _run(cfg: TrainConfig, rows: Rows) -> Facts:
+  batch = cfg.train.batch_size * cfg.train.grad_accum
+  n = len(rows.packs.rows if rows.packs else rows.train_rows)
+  steps = cfg.train.steps
+  return {'steps': steps, 'batch': batch, 'epochs': steps * batch / n}
+
+
+def _example(rows: Rows, i: int, ends: Sequence[int]) -> Facts:
+  ids, labels = rows.train_set.ids[i], rows.train_set.labels[i]
+  one = np.array([i])
+  tokenizer = rows.tokenizer
+  return {
+    'where': rows.train_set.where[i],
+    'tokens': len(ids),
+    'learned_tokens': int(statistics.learned(rows.train_set, one)[0]),
+    'end_learned': not len(statistics.without_end(rows.train_set, one, ends)),
+    'ids': ids.tolist(),
+    'labels': labels.tolist(),
+    'pieces': [tokenizer.piece(t) for t in ids.tolist()] if tokenizer else None,
+    'runs': [run._asdict() for run in preview.runs(ids, labels, tokenizer)],
+  }
+
+
+def text(facts: Facts, colour: bool = False) -> str:
+  """`describe` in words; of what comes out of the data nothing is raw."""
+  shown = [_example_text(e, colour) for e in facts['examples']]
+  return '\n\n'.join([*shown, _bars(facts['lengths']), _summary(facts)])
+
+
+def _example_text(example: Facts, colour: bool) -> str:
+  end = 'EOS learned' if example['end_learned'] else 'EOS NOT LEARNED'
+  head = (
+    f'{_inline(example["where"])}  {example["tokens"]:,} tokens,'
+    f' {example["learned_tokens"]:,} learned, {end}'
+  )
+  runs = [preview.Run(**run) for run in example['runs']]
+  return f'{head}\n{preview.shown(runs, colour)}'
+
+
+def _bars(lengths: Facts) -> str:
+  bins = lengths['bins']
+  most = max(b['rows'] for b in bins)
+  spans = [f'{b["from"]}-{b["to"]}' for b in bins]
+  wide, high = max(map(len, spans)), len(f'{most:,}')
+  lines = [
+    f'{span:>{wide}}  {b["rows"]:>{high},}  '
+    # what is there at all has a bar
+    + '#' * -(-_BAR * b['rows'] // most)
+    for span, b in zip(spans, bins, strict=True)
+  ]
+  return '\n'.join(['rows by tokens', *(line.rstrip() for line in lines)])
+
+
+def _summary(facts: Facts) -> str:
+  rows, lengths, ends = facts['rows'], facts['lengths'], facts['ends']
+  percentiles = ', '.join(
+    f'{q} % {tokens:,}' for q, tokens in lengths['quantiles'].items()
+  )
+  held_out = f'{rows["held_out"]:,} held out'
+  if facts['eval_data']:
+    held_out += f' of {_inline(facts["eval_data"])}'
+  lines = {
+    'data': f'{_inline(facts["data"])}, template {_inline(facts["template"])}',
+    'rows': (
+      f'{rows["read"]:,} read, {rows["kept"]:,} kept, {rows["train"]:,} to'
+      f' train on, {held_out}'
+    ),
+    'dropped': '; '.join(
+      f'{d["rows"]:,} x {_inline(d["reason"])} ({_first(d["first"], d["rows"])})'
+      for d in facts['dropped']
+    )
+    or 'none',
+    'cut': (
+      f'{facts["truncated"]:,} at the front, {facts["cut_off"]:,} at the end, at'
+      f' max_length {facts["max_length"]:,}'
+    ),
+    'tokens': (
+      f'{facts["tokens"]:,}, {facts["learned_tokens"]:,} learned'
+      f' ({_percent(facts["learned_tokens"] / facts["tokens"])})'
+    ),
+    'length': (
+      f'{lengths["shortest"]:,} to {lengths["longest"]:,}, mean'
+      f' {lengths["mean"]:,.1f}; {percentiles}'
+    ),
+    **_padding_text(facts['padding']),
+    'EOS': (
+      f'learned in {ends["learned"]:,} of {rows["train"]:,} rows'
+      f' ({_percent(ends["share"])})'
+      + _but(rows['train'] - ends['learned'], ends['missing'])
+    ),
+    'boundary': (
+      f'{facts["merged_boundary"]:,} rows with a token across prompt and'
+      ' completion'
+    ),
+    'duplicates': _pairs(facts['duplicates'], 'repeat an earlier one'),
+    'leaks': _pairs(facts['leaks'], 'of those held out are trained on'),
+  }
+  if facts['run']:
+    run, packed = facts['run'], facts['padding']['packing']
+    lines['run'] = (
+      f'{run["steps"]:,} steps of {run["batch"]:,}'
+      f' {"packs" if packed else "rows"}: {run["epochs"]:,.2f} epochs'
+    )
+  return aligned(lines)
+
+
+def _padding_text(padding: Facts) -> dict[str, str]:
+  plain, packed = padding['plain'], padding['packed']
+  of_rows = (
+    f'{_percent(plain["share"])} with rows filled up to {plain["length"]:,}'
+    ' tokens'
+  )
+  of_packs = (
+    f'{packed["packs"]:,} packs of {plain["rows"]:,} rows,'
+    f' {packed["length"]:,} tokens each, padding {_percent(packed["share"])}'
+  )
+  if padding['packing']:
+    return {'padding': of_packs, 'unpacked': f'it would be {of_rows}'}
+  return {
+    'padding': of_rows,
+    'packing': f'data.packing would make {of_packs}',
+  }
+
+
+def _but(n: int, first: Sequence[str]) -> str:
+  return f'; not in {n:,} ({_first(first, n)})' if n else ''
+
+
+def _pairs(repeats: Facts, what: str) -> str:
+  pairs = [f'{a} as {b}' for a, b in repeats['first']]
+  first = f' ({_first(pairs, repeats["rows"])})' if pairs else ''
+  return f'{repeats["rows"]:,} rows {what}{first}'
+
+
+def _first(found: Sequence[str], n: int) -> str:
+  # The data's path has a line of its own: here the names of the files will do.
+  names = [_inline(re.sub(r'[^ ]*/', '', place)) for place in found[:_TOLD]]
+  return ', '.join([*names, *(['...'] if n > len(names) else [])])
+
+
+def _inline(text: str) -> str:
+  return preview.visible(text, keep='')
+
+
+def _percent(share: float) -> str:
+  """Three figures; never 0 or 100 for what is not.
+
+  >>> _percent(0.99999), _percent(0.0), _percent(0.5)
+  ('99.9 %', '0.0 %', '50.0 %')
+  """
+  value = round(100 * share, 1)
+  if 0 < share < 1:
+    value = min(max(value, 0.1), 99.9)
+  return f'{value:.1f} %'

@@ -1,0 +1,270 @@
+"""Whether rows are sound: what `validate` has to say of them."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lorax_train.data import soundness, statistics, tokenized
+from lorax_train.data.tokenize import Tokenizer
+from lorax_train.data.tokenized import TokenizedSet
+from lorax_train.errors import DataError
+from lorax_train.models.params import DecoderConfig
+from lorax_train.train import dataview
+from lorax_train.train.setup import Rows
+
+OK, WARN, FAIL, SKIPPED = 'ok', 'warn', 'FAIL', 'skipped'
+
+# A larger share of rows that are dropped or cut, or that are there twice, is
+# more than what any data set has of them.
+_MANY = 0.05
+# Rows whose text is searched for special tokens that are spelled out.
+_SEARCHED = 200
+_SPELLED = re.compile(
+  r'</?s>|\[/?INST\]|<<?/?SYS>>?|<\|\w{2,24}\|>|<(?:start|end)_of_turn>'
+)
+
+# What `checks` gives, each at least once.
+NAMES = (
+  'ids',
+  'EOS',
+  'BOS',
+  'labels',
+  'padding',
+  'spelling',
+  'duplicates',
+  'leaks',
+)
+
+
+class Check(NamedTuple):
+  """What was looked at, how it is, and the exit code that a failure has."""
+
+  name: str
+  status: str
+  message: str
+  code: int = 0
+
+
+def skipped(name: str, because: str) -> Check:
+  """A check that can't be made."""
+  return Check(name, SKIPPED, f'needs a sound {because}')
+
+
+def checks(
+  rows: Rows,
+  model_dir: Path,
+  model_cfg: DecoderConfig,
+  cut_at: int | None = None,
+) -> Iterator[Check]:
+  """All but `dropped`, of the rows to train on and of those held out.
+
+  Args:
+    rows: the rows.
+    model_dir: of the model.
+    model_cfg: likewise.
+    cut_at: length at which the end of a row was cut, so that it has no EOS.
+  """
+  sets = [(rows.train_set, rows.train_rows)]
+  if len(rows.eval_rows):
+    sets.append((rows.eval_set, rows.eval_rows))
+  yield from _ids(rows, model_cfg)
+  yield from _looked_through(sets, model_dir, rows.tokenizer, cut_at)
+  yield from _spelled(rows)
+  yield from _repeated(rows)
+
+
+def dropped(rows: Rows) -> Iterator[Check]:
+  """How many rows are left of those that were read."""
+  sets = [rows.train_set]
+  if rows.eval_set is not rows.train_set:
+    sets.append(rows.eval_set)
+  for one in sets:
+    r = one.report
+    lost = r.rows_read - r.rows_kept
+    parts = [
+      f'{n:,} {reason}, first {", ".join(r.dropped_at.get(reason, []))}'
+      for reason, n in r.dropped.items()
+    ]
+    told = f'{r.rows_kept:,} of {r.rows_read:,} rows kept'
+    if parts:
+      told += f'; dropped: {"; ".join(parts)}'
+    if r.truncated:
+      told += f'; {r.truncated:,} cut at the front'
+    if r.cut_off:
+      told += f'; {r.cut_off:,} cut at the end, where no EOS is learned'
+    cut = r.truncated + r.cut_off
+    many = max(lost / r.rows_read, cut / r.rows_kept) > _MANY
+    if many:
+      told += f'; more than {_MANY:.0%}: see data.max_length and the rows'
+    yield Check('rows', WARN if many else OK, told)
+
+
+def _ids(rows: Rows, model_cfg: DecoderConfig) -> Iterator[Check]:
+  sound = True
+  sets = [rows.train_set]
+  if rows.eval_set is not rows.train_set:
+    sets.append(rows.eval_set)
+  for one in sets:
+    try:
+      tokenized.check_ids(one, model_cfg.vocab)
+    except DataError as error:
+      sound = False
+      yield Check('ids', FAIL, str(error), error.exit_code)
+  if sound:
+    told = f"all within the embedding's {model_cfg.vocab:,} rows"
+    yield Check('ids', OK, told)
+
+
+def _looked_through(
+  sets: Sequence[tuple[TokenizedSet, np.ndarray]],
+  model_dir: Path,
+  tokenizer: Tokenizer | None,
+  cut_at: int | None,
+) -> Iterator[Check]:
+  """What `soundness` has to say of the rows to train on and those held out."""
+  ends = dataview.end_ids(model_dir, tokenizer)
+  bos = dataview.bos_id(model_dir, tokenizer, ends)
+  fillers = [*ends, *([tokenizer.pad_id] if tokenizer else [])]
+  found = [soundness.suspects(s, rows, ends, bos, fillers) for s, rows in sets]
+  found = [
+    f._replace(no_end=_whole(s, f.no_end, cut_at))
+    for f, (s, _) in zip(found, sets, strict=True)
+  ]
+  total = sum(len(rows) for _, rows in sets)
+
+  def told(kind: str) -> tuple[int, str]:
+    """How many rows are of a kind; that with the first places."""
+    numbers = [getattr(f, kind) for f in found]
+    n = sum(map(len, numbers))
+    where = [
+      place
+      for (one, _), some in zip(sets, numbers, strict=True)
+      for place in dataview.places(one, some)
+    ]
+    first = ', '.join(where[:5]) + (', ...' if n > 5 else '')
+    return n, f'{n:,} of {total:,} rows ({n / total:.2%}), first {first}'
+
+  n, where = told('no_end')
+  if n and not ends:
+    yield Check('EOS', SKIPPED, 'the model names no EOS that could be learned')
+  elif n:
+    masked, _ = told('masked_end')
+    why = f'; {masked:,} of them have it, but masked' if masked else ''
+    yield _data_failure(
+      'EOS',
+      f'the last token learned is no EOS ({_listed(ends)}): {where}{why}; the'
+      ' model would not learn to stop: let input_ids and labels end with it',
+    )
+  else:
+    yield Check('EOS', OK, f'learned at the end of all {total:,} rows')
+
+  n, where = told('two_bos')
+  inner, inner_where = told('inner_bos')
+  if n:
+    yield _data_failure(
+      'BOS', f'twice at the start: {where}; take one of them out of input_ids'
+    )
+  if inner:
+    yield Check(
+      'BOS',
+      WARN,
+      f'within a row: {inner_where}; right only in a chat format that begins'
+      ' every turn with it',
+    )
+  if not n and not inner:
+    yield Check('BOS', OK, 'at most once, and only at the start')
+
+  n, where = told('shifted')
+  other, other_where = told('other_labels')
+  if n:
+    yield _data_failure(
+      'labels',
+      f'shifted by one: {where}; the loss shifts them itself: let labels[i] be'
+      ' input_ids[i] or -100',
+    )
+  if other:
+    yield Check(
+      'labels', WARN, f'learned, but not the ids of their places: {other_where}'
+    )
+  if not n and not other:
+    yield Check('labels', OK, 'the ids of their places, or -100')
+
+  n, where = told('learned_padding')
+  unlearned, unlearned_where = told('padding')
+  if n:
+    yield _data_failure(
+      'padding', f'learned: {where}; leave it out, batches are filled up here'
+    )
+  if unlearned:
+    yield Check(
+      'padding',
+      WARN,
+      f'among the ids: {unlearned_where}; leave it out, batches are filled up'
+      ' here',
+    )
+  if not n and not unlearned:
+    yield Check('padding', OK, 'none among the ids')
+
+
+def _whole(
+  tokenized_set: TokenizedSet, rows: np.ndarray, cut_at: int | None
+) -> np.ndarray:
+  """Those of the rows whose end was not cut: `dropped` tells of the others."""
+  return rows[tokenized_set.lengths[rows] != cut_at]
+
+
+def _data_failure(name: str, message: str) -> Check:
+  return Check(name, FAIL, message, DataError.exit_code)
+
+
+def _listed(ids: Sequence[int]) -> str:
+  return ', '.join(map(str, ids))
+
+
+def _spelled(rows: Rows) -> Iterator[Check]:
+  """Special tokens that a text spells are read as the letters they are."""
+  if rows.tokenizer is None:
+    yield Check('spelling', SKIPPED, 'needs a tokenizer')
+    return
+  found: dict[str, str] = {}
+  searched = rows.train_rows[:_SEARCHED]
+  for i in searched:
+    ids = rows.train_set.ids[i].tolist()
+    for name in _SPELLED.findall(rows.tokenizer.decode(ids)):
+      found.setdefault(name, rows.train_set.where[i])
+  if found:
+    listed = ', '.join(f'{name} ({at})' for name, at in found.items())
+    yield Check(
+      'spelling',
+      WARN,
+      f'texts spell special tokens, which are read as their letters: {listed}',
+    )
+  else:
+    told = (
+      f'no special token is spelled out in the first {len(searched):,} rows'
+    )
+    yield Check('spelling', OK, told)
+
+
+def _repeated(rows: Rows) -> Iterator[Check]:
+  again = statistics.duplicates(rows.train_set, rows.train_rows)
+  seen = statistics.leaks(
+    rows.train_set, rows.train_rows, rows.eval_set, rows.eval_rows
+  )
+  for name, found, of, share_of, what in (
+    ('duplicates', again, rows.train_set, rows.train_rows, 'repeat an earlier one'),
+    ('leaks', seen, rows.eval_set, rows.eval_rows, 'held out are trained on'),
+  ):  # fmt: skip
+    n = len(found.rows)
+    if not n:
+      yield Check(name, OK, f'0 rows {what}')
+      continue
+    pairs = ', '.join(
+      f'{of.where[i]} as {rows.train_set.where[j]}'
+      for i, j in zip(found.rows[:3], found.earlier[:3], strict=True)
+    )
+    told = f'{n:,} of {len(share_of):,} rows {what}, first {pairs}'
+    yield Check(name, WARN, told)
