@@ -256,13 +256,14 @@ def data(argv: Sequence[str]) -> int:
   from lorax_train import main
 
   cfg = None if given else main.parse(['lorax-train data', *of_config])
+  from lorax_train.train import datatext
   from lorax_train.train import dataview as room
 
   if cfg is None:
     facts = room.describe_file(n_rows=n_rows, **given)
   else:
     facts = room.describe(cfg, n_rows)
-  _write(json.dumps(facts) if as_json else room.text(facts, _in_colour()))
+  _write(json.dumps(facts) if as_json else datatext.text(facts, _in_colour()))
   return 0
 
 

@@ -7,27 +7,16 @@ overridden on the command line.
 """
 
 import dataclasses
-import difflib
-import math
-import typing
 from collections.abc import Mapping
 from typing import Any
 
+from lorax_train.checked import build, indices, pattern
+from lorax_train.checked import key as _key
 from lorax_train.errors import ConfigError
 from lorax_train.lora import LoraSpec
 
-_CHOICES = 'choices'
-_AT_LEAST = 'at_least'
-_BELOW = 'below'
-_OWN = 'own'
-
-
-def _key(
-  default: Any, *, choices=None, at_least=None, below=None, own=''
-) -> Any:
-  """A key; what has one of the characters in `own` need be no choice."""
-  metadata = {_CHOICES: choices, _AT_LEAST: at_least, _BELOW: below, _OWN: own}
-  return dataclasses.field(default=default, metadata=metadata)
+_TEMPLATES = ('alpaca', 'uno_reverse', 'prompt_completion', 'text', 'tokens')
+_OWN_TEMPLATE = '{}:'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +84,21 @@ class LoraSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+  """One of several sources of rows.
+
+  Attributes:
+    path: see `data.path`.
+    weight: its share of what is trained on is this over the sum of all.
+    template: see `data.template`; '' for that.
+  """
+
+  path: str = ''
+  weight: float = _key(1.0, above=0)
+  template: str = _key('', choices=('', *_TEMPLATES), own=_OWN_TEMPLATE)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataSection:
   """The rows.
 
@@ -102,11 +106,17 @@ class DataSection:
     path: .json, .jsonl, .csv or .tsv file (also .gz), .parquet, .arrow or
       .feather file, a directory of files of one of these kinds or made by
       `save_to_disk`, or a hub id.
+    mixture: in place of `path` several of them with weights, ({'path':
+      'a.json', 'weight': 0.7, 'template': 'text'}, {'path': 'b.jsonl',
+      'weight': 0.3}); weight and template may be left out, for 1 and
+      data.template. Weights count rows, with data.packing packs, each of rows
+      of one source; eval.rows are split by them.
     template: how a row becomes a prompt and what is learned, by name; or a
       format string over its columns, learned from {|} on,
       'Q: {question} A:{|} {answer}'; or a function, 'module:function', that
       makes of a row a dict of prompt and completion.
-    eval_path: held-out rows; '' takes eval.rows rows out of `path`.
+    eval_path: held-out rows, in data.template; '' takes eval.rows rows out of
+      `path` or `mixture`.
     max_length: longest row in tokens.
     truncation: a longer row is dropped, has its prompt cut on the left, its end
       cut on the right, or is an error. What is learned is only ever cut on the
@@ -115,21 +125,23 @@ class DataSection:
     packing: rows to train on stand side by side in packs of max_length tokens,
       and none sees another. Steps, epochs and train.batch_size then count
       packs. Held-out rows are not packed.
+    buckets: the other way to little padding, '128,256,512': rows to train on
+      are in batches of rows of about one length, each padded to the least of
+      these lengths that holds it, and the step is compiled for each; '' for
+      batches of one length. A longer row has a bucket of its own.
     cache: tokenised rows are kept in ~/.cache/lorax_train/rows (or in that of
       XDG_CACHE_HOME) and read from there by the next run.
   """
 
   path: str = ''
-  template: str = _key(
-    'alpaca',
-    choices=('alpaca', 'uno_reverse', 'prompt_completion', 'text', 'tokens'),
-    own='{}:',
-  )
+  mixture: tuple[Source, ...] = ()
+  template: str = _key('alpaca', choices=_TEMPLATES, own=_OWN_TEMPLATE)
   eval_path: str = ''
   max_length: int = _key(512, at_least=2)
   truncation: str = _key('drop', choices=('drop', 'left', 'right', 'error'))
   on_bad_row: str = _key('error', choices=('error', 'skip'))
   packing: bool = False
+  buckets: str = ''
   cache: bool = True
 
 
@@ -208,7 +220,8 @@ class EvalSection:
   Attributes:
     every: steps between two evaluations; before the first and after the last
       step there is one in any case.
-    rows: rows held out of data.path (at most a tenth); 0 for none.
+    rows: rows held out of data.path or data.mixture (of each source a tenth at
+      most); 0 for none.
     samples: held-out prompts that are continued at each evaluation, for
       samples.md; 0 for none.
   """
@@ -267,17 +280,18 @@ def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
       required keys that are empty, at once.
   """
   problems: list[str] = []
-  cfg = _build(TrainConfig, mapping, '', problems)
+  cfg = build(TrainConfig, mapping, '', problems)
   problems += [
-    f'{key} is required'
-    for key, value in {
+    f'{name} is required'
+    for name, value in {
       'model.path': cfg.model.path,
-      'data.path': cfg.data.path,
+      'data.path': cfg.data.path or cfg.data.mixture,
       'run_dir': cfg.run_dir,
     }.items()
     if not value
   ]
   if not problems:
+    problems += _data_problems(cfg.data)
     try:
       lora_spec(cfg.lora)
     except ValueError as error:
@@ -287,13 +301,68 @@ def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
   return cfg
 
 
+def sources(section: DataSection) -> tuple[Source, ...]:
+  """Where the rows come from, each with its template: one, or a mixture.
+
+  >>> sources(DataSection(path='a.json'))
+  (Source(path='a.json', weight=1.0, template='alpaca'),)
+  """
+  return tuple(
+    dataclasses.replace(s, template=s.template or section.template)
+    for s in section.mixture or (Source(section.path),)
+  )
+
+
+def buckets(section: DataSection) -> tuple[int, ...]:
+  """'128, 256' -> (128, 256).
+
+  Raises:
+    ValueError: what is wrong with it.
+  """
+  bounds = indices('buckets', section.buckets)
+  if len(set(bounds)) < len(bounds):
+    raise ValueError(f'buckets {section.buckets!r} names a length twice')
+  for bound in bounds:
+    if not 2 <= bound <= section.max_length:
+      raise ValueError(
+        f'buckets {section.buckets!r}: {bound} is not between 2 and'
+        f' max_length, {section.max_length}'
+      )
+  return bounds
+
+
+def _data_problems(section: DataSection) -> list[str]:
+  """What no single key of the section shows."""
+  problems = []
+  if section.path and section.mixture:
+    problems.append('data.path and data.mixture are both given: empty one')
+  given = [
+    (s.path, s.template) for s in (sources(section) if section.mixture else ())
+  ]
+  for i, (path, template) in enumerate(given):
+    if not path:
+      problems.append(f'data.mixture[{i}].path is required')
+    elif (path, template) in given[:i]:
+      problems.append(
+        f'data.mixture[{i}].path is {path!r} with template {template!r} for a'
+        ' second time: leave it out, and raise the weight of the first'
+      )
+  if section.packing and section.buckets:
+    problems.append('data.packing and data.buckets are both given: empty one')
+  try:
+    buckets(section)
+  except ValueError as error:
+    problems.append(f'data.{error}')
+  return problems
+
+
 def lora_spec(section: LoraSection) -> LoraSpec:
   """The section as the library's LoraSpec.
 
   Raises:
     ValueError: what is wrong with it.
   """
-  tokens = _indices(section, 'trainable_token_indices')
+  tokens = indices('trainable_token_indices', section.trainable_token_indices)
   return LoraSpec(
     targets=section.targets,
     rank=section.rank,
@@ -302,86 +371,11 @@ def lora_spec(section: LoraSection) -> LoraSpec:
     variant=section.variant,
     init=section.init,
     exclude=section.exclude,
-    rank_pattern=_pattern(section.rank_pattern, int),
-    alpha_pattern=_pattern(section.alpha_pattern, float),
-    layers_to_transform=_indices(section, 'layers_to_transform'),
+    rank_pattern=pattern(section.rank_pattern, int),
+    alpha_pattern=pattern(section.alpha_pattern, float),
+    layers_to_transform=indices(
+      'layers_to_transform', section.layers_to_transform
+    ),
     modules_to_save=section.modules_to_save,
     trainable_token_indices={'embed_tokens': tokens} if tokens else {},
   )
-
-
-def _indices(section: LoraSection, key: str) -> tuple[int, ...]:
-  """'0, 2' -> (0, 2)."""
-  text = getattr(section, key)
-  indices = [i.strip() for i in text.split(',') if i.strip()]
-  if not all(i.isdecimal() for i in indices):
-    raise ValueError(f'{key} {text!r} is not indices such as 0,1,2')
-  return tuple(map(int, indices))
-
-
-def _pattern(text: str, number: type) -> dict[str, Any]:
-  """'down_proj=16,layers.0.*=4' -> {'down_proj': 16, 'layers.0.*': 4}."""
-  pattern = {}
-  for entry in filter(None, (e.strip() for e in text.split(','))):
-    key, equals, value = entry.rpartition('=')
-    try:
-      pattern[key.strip()] = number(value)
-    except ValueError:
-      equals = ''
-    if not (equals and key.strip() and math.isfinite(pattern[key.strip()])):
-      raise ValueError(f'{entry!r} is not REGEX={number.__name__}')
-  return pattern
-
-
-def _build(cls: type, mapping: Any, where: str, problems: list[str]) -> Any:
-  """One section; what is wrong is added to `problems`."""
-  if not isinstance(mapping, Mapping):
-    name = where.rstrip('.') or 'the whole of it'
-    problems.append(f'{name} is {mapping!r}, not a section of keys')
-    return cls()
-  fields = {f.name: f for f in dataclasses.fields(cls)}
-  types = typing.get_type_hints(cls)
-  values = {}
-  for key, value in mapping.items():
-    if key not in fields:
-      near = difflib.get_close_matches(str(key), fields, 1)
-      hint = f', did you mean {where}{near[0]}?' if near else ''
-      problems.append(f'{where}{key} is no key{hint}')
-    elif value is None:
-      continue
-    elif dataclasses.is_dataclass(types[key]):
-      values[key] = _build(types[key], value, f'{where}{key}.', problems)
-    else:
-      values[key] = _value(
-        value, types[key], fields[key].metadata, f'{where}{key}', problems
-      )
-  return cls(**values)
-
-
-def _value(
-  value: Any,
-  kind: type,
-  metadata: Mapping[str, Any],
-  where: str,
-  problems: list[str],
-) -> Any:
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
-  choices = metadata.get(_CHOICES)
-  at_least, below = metadata.get(_AT_LEAST), metadata.get(_BELOW)
-  own = set(str(metadata.get(_OWN, '')))
-  if type(value) is not kind:
-    problems.append(
-      f'{where} is {value!r}, a {type(value).__name__}, not a {kind.__name__}'
-    )
-  elif choices and value not in choices and not own & set(str(value)):
-    near = difflib.get_close_matches(str(value), choices, 1)
-    hint = f' (did you mean {near[0]}?)' if near else ''
-    problems.append(f'{where} is {value!r}, none of {", ".join(choices)}{hint}')
-  elif isinstance(value, float) and not math.isfinite(value):
-    problems.append(f'{where} is {value}, not a finite number')
-  elif at_least is not None and value < at_least:
-    problems.append(f'{where} is {value}, below {at_least}')
-  elif below is not None and value >= below:
-    problems.append(f'{where} is {value}, not below {below}')
-  return value

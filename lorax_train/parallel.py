@@ -6,7 +6,7 @@ they belong to, with the rank axis whole.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -146,6 +146,39 @@ def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
   """Into how many parts a batch is cut."""
   return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def batch_part(
+  mesh: Mesh,
+  process: int | None = None,
+  process_of: Callable[[Any], int] = lambda device: device.process_index,
+) -> tuple[int, int]:
+  """Which part of a batch's rows a process holds: (index, of how many).
+
+  Processes whose devices share rows (`tensor` across them) have the same part.
+
+  Args:
+    mesh: the mesh.
+    process: which process; this one by default.
+    process_of: device -> the process that it belongs to.
+
+  Raises:
+    ValueError: its rows are not one of several equal parts.
+  """
+  process = jax.process_index() if process is None else process
+  ways = batch_ways(mesh)
+  own = [
+    way
+    for way, devices in enumerate(mesh.devices.reshape(ways, -1))
+    if any(process_of(device) == process for device in devices)
+  ]
+  index, rest = divmod(own[0], len(own))
+  if rest or ways % len(own) or own[-1] - own[0] >= len(own):
+    raise ValueError(
+      f'mesh {dict(mesh.shape)}: process {process} has parts {own} of {ways} of'
+      ' a batch, which do not lie side by side; give other sizes'
+    )
+  return index, ways // len(own)
 
 
 def _spec(mesh: Any, axes: Sequence[str | None], units: Sequence[int]) -> P:

@@ -28,6 +28,7 @@ from lorax_train import config, parallel
 from lorax_train.data import batches
 from lorax_train.formats import hf, hf_config
 from lorax_train.train import optim, setup
+from lorax_train.train import rows as rows_lib
 from lorax_train.train import step as step_lib
 
 SHARED = Path(__file__).parents[1].parent / 'shared'
@@ -64,7 +65,8 @@ def measure(model: str, data: str, steps: int) -> tuple[dict[str, Row], str]:
   adapters = setup.plan_adapters(cfg, model_cfg)
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   rows = setup.read_rows(cfg, Path(model), model_cfg)
-  one_each = rows._replace(packs=None, length=LENGTH)
+  one_each = setup.read_rows(flat, Path(model), model_cfg)
+  one_each = one_each._replace(length=LENGTH)
   tx = optim.make_optimizer(setup.optim_config(cfg))
 
   def longest(step: int) -> tuple[Batch, int]:
@@ -107,7 +109,7 @@ def measure(model: str, data: str, steps: int) -> tuple[dict[str, Row], str]:
           so_far.tokens + batch['ids'].size,
           so_far.cpu + cpu,
         )
-  return found, setup.rows_summary(rows)
+  return found, rows_lib.summary(rows)
 
 
 def main() -> None:

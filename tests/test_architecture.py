@@ -26,6 +26,7 @@ FLOORS = {
   'data': 1,
   'quant': 1,
   'parallel': 1,
+  'checked': 1,
   'models': 2,
   'config': 2,
   'formats': 3,
@@ -45,7 +46,8 @@ OURS = {
   'data': set(),
   'parallel': {'lora'},
   'models': {'parallel'},
-  'config': {'lora'},
+  'checked': set(),
+  'config': {'checked', 'lora'},
   'formats': {'models.params', 'lora', 'quant', 'parallel'},
 }
 
@@ -53,6 +55,7 @@ OURS = {
 # that are not listed may take any of these.
 THEIRS = {
   'errors': set(),
+  'checked': set(),
   'config': set(),
   'lora': {'jax', 'numpy'},
   'quant': {'jax', 'numpy'},

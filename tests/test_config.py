@@ -16,6 +16,10 @@ from lorax_train.errors import ConfigError
 from lorax_train.train import optim
 
 REQUIRED = {'model.path': 'some/model', 'data.path': 'rows.json'}
+MIXTURE = (
+  {'path': 'a.json', 'weight': 7},
+  {'path': 'b.jsonl', 'template': 'Q: {a}{|} {b}'},
+)
 SECTIONS = {
   f.name: f.default_factory
   for f in dataclasses.fields(config.TrainConfig)
@@ -147,6 +151,99 @@ MISTAKES = [
   ('data.path', None, ['required']),
   ('run_dir', '', ['required']),
 ]
+
+
+# (keys of data, what the line must hold)
+BAD_DATA = [
+  ({'path': '', 'mixture': ()}, ['data.path is required']),
+  ({'mixture': MIXTURE}, ['data.path and data.mixture are both given']),
+  ({'mixture': 'a.json'}, ["'a.json', not a tuple of sections"]),
+  # ({'path': 'a'}) without its comma is what Python makes a dict's keys of.
+  ({'mixture': ('path',)}, ["not a tuple of sections ({'key': value},)"]),
+  ({'mixture': {'path': 'a'}}, ['not a tuple of sections']),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'weight': 0.0},)},
+    ['data.mixture[0].weight is 0.0, not above 0'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a'}, {'path': 'b', 'weight': -1})},
+    ['data.mixture[1].weight is -1.0, not above 0'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'weight': float('nan')},)},
+    ['data.mixture[0].weight is nan, not a finite number'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'weight': float('inf')},)},
+    ['data.mixture[0].weight is inf, not a finite number'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'weight': '1'},)},
+    ["data.mixture[0].weight is '1', a str"],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'wieght': 1},)},
+    ['[0].wieght is no key, did you mean data.mixture[0].weight?'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a', 'template': 'alpacka'},)},
+    ["data.mixture[0].template is 'alpacka'", 'did you mean alpaca?'],
+  ),
+  (
+    {'path': '', 'mixture': ({'weight': 1.0},)},
+    ['data.mixture[0].path is required'],
+  ),
+  (
+    {'path': '', 'mixture': ({'path': 'a'}, {'path': 'b'}, {'path': 'a'})},
+    ["data.mixture[2].path is 'a' with template 'alpaca' for a second time"],
+  ),
+  (
+    {
+      'path': '',
+      'mixture': ({'path': 'a'}, {'path': 'a', 'template': 'alpaca'}),
+    },
+    ["data.mixture[1].path is 'a' with template 'alpaca' for a second time"],
+  ),
+  ({'buckets': '64', 'packing': True}, ['packing and data.buckets are both']),
+  ({'buckets': '64,x'}, ["data.buckets '64,x' is not indices"]),
+  ({'buckets': '64,-1'}, ["data.buckets '64,-1' is not indices"]),
+  ({'buckets': '64,64'}, ["data.buckets '64,64' names a length twice"]),
+  ({'buckets': '1,64'}, ['1 is not between 2 and max_length, 512']),
+  ({'buckets': '64,513'}, ['513 is not between 2 and max_length, 512']),
+  ({'buckets': 64}, ['data.buckets is 64, a int, not a str']),
+]
+
+
+@pytest.mark.parametrize(('keys', 'words'), BAD_DATA)
+def test_a_wrong_data_section_is_told(keys, words):
+  text = complaint(mapping(**{f'data.{k}': v for k, v in keys.items()}))
+  for word in words:
+    assert word in text
+
+
+def test_a_mixture_is_what_it_says_in_any_form():
+  given = mapping(**{'data.path': '', 'data.mixture': MIXTURE})
+  cfg = config.from_mapping(given)
+  whole = (
+    config.Source('a.json', 7.0, ''),
+    config.Source('b.jsonl', 1.0, 'Q: {a}{|} {b}'),
+  )
+  assert cfg.data.mixture == whole
+  assert config.sources(cfg.data) == (
+    config.Source('a.json', 7.0, 'alpaca'), whole[1],
+  )  # fmt: skip
+  written = config.to_mapping(cfg)
+  assert config.from_mapping(written) == cfg
+  assert config.from_mapping(json.loads(json.dumps(written))) == cfg
+
+
+@pytest.mark.parametrize(
+  ('text', 'want'),
+  [('', ()), ('64', (64,)), ('256, 64,', (256, 64)), ('2,512', (2, 512))],
+)
+def test_buckets_are_lengths(text, want):
+  cfg = config.from_mapping(mapping(**{'data.buckets': text}))
+  assert config.buckets(cfg.data) == want
 
 
 @pytest.mark.parametrize(('key', 'value', 'words'), MISTAKES)
@@ -285,7 +382,9 @@ def test_a_wrong_lora_section_is_told(keys, words):
 
 
 @pytest.mark.parametrize(
-  'cls', [config.TrainConfig, *SECTIONS.values()], ids=lambda c: c.__name__
+  'cls',
+  [config.TrainConfig, config.Source, *SECTIONS.values()],
+  ids=lambda c: c.__name__,
 )
 def test_every_field_is_documented(cls):
   listed = cls.__doc__.partition('Attributes:')[2]
@@ -301,7 +400,9 @@ def test_every_key_has_a_plain_type_and_a_default_of_it():
   ]
   # So that ml_collections can parse an override, and None needs no type.
   assert len(flat) > 30
-  assert {type(value) for _, value in flat} == {str, int, float, bool}
+  assert {type(value) for _, value in flat} == {
+    str, int, float, bool, tuple
+  }  # fmt: skip
 
 
 def test_the_optimizer_takes_its_numbers_from_the_train_section():

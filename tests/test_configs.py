@@ -148,6 +148,26 @@ def test_overrides_change_what_is_trained(changes, trainable, tmp_path):
   assert got == (trainable, 7_241_732_096)
 
 
+def test_a_mixture_is_given_on_the_command_line(tmp_path):
+  text = (
+    "({'path': 'a, b.json', 'weight': 7.0, 'template': '{x}{|}'},{'path': 'c'})"
+  )
+  cfg = parse(REFERENCE, **{'data.path': '', 'data.mixture': text})
+  a, b = config.Source('a, b.json', 7.0, '{x}{|}'), config.Source('c', 1.0, '')
+  assert cfg.data.mixture == (a, b)
+  # In a config file, and one weight of it on the command line.
+  own = tmp_path / 'own.py'
+  own.write_text(
+    REFERENCE.read_text('utf-8').replace(
+      "cfg.data.path = 'llm-wizard/alpaca-gpt4-data'",
+      f'cfg.data.mixture = {text}',
+    )
+  )
+  assert parse(own).data.mixture == (a, b)
+  changed = parse(own, **{'data.mixture[0].weight': 0.5}).data.mixture
+  assert changed == (config.Source('a, b.json', 0.5, '{x}{|}'), b)
+
+
 def commands(path):
   """The command lines in a file's docstring, continued lines joined."""
   text = path.read_text('utf-8').split('"""')[1].replace('\\\n', ' ')

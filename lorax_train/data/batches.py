@@ -1,7 +1,8 @@
 """Which rows make up which batch, and batches as arrays.
 
 The order is a pure function of (seed, step, global batch): a resumed run needs
-the step number and nothing else, and every host works out the same batch.
+the step number and nothing else, every host works out the same numbers of rows,
+and reads its `part_of` them alone. What is numbered may be rows or packs.
 Permutations are argsorts of a bit generator's raw output, not
 `Generator.permutation`, whose stream numpy may change between versions: an
 upgrade must not reorder the data of a run that is resumed.
@@ -13,20 +14,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.joined import RowSet
 from lorax_train.data.packing import Packs
-from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import DataError
 
-_HELD_OUT, _EPOCH = (
-  0,
-  1,
-)  # streams: what is drawn for one tells nothing of other
+# Streams: what is drawn for one tells nothing of another.
+HELD_OUT, EPOCH, SOURCE, BLOCK, BATCHES = range(5)
+
+EMPTY = -1  # in place of a row: nothing but padding
 
 
 def split_held_out(
-  n_rows: int, n_eval: int, seed: int
+  n_rows: int, n_eval: int, seed: int, source: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
   """Sets `n_eval` random rows aside.
+
+  Args:
+    n_rows: how many there are.
+    n_eval: how many to set aside.
+    seed: of the run.
+    source: which of several sources the rows are of.
 
   Returns:
     Indices of the rows to train on and of those to evaluate on, each sorted.
@@ -39,39 +46,80 @@ def split_held_out(
       f'eval.rows={n_eval}: {n_rows} rows can give 0 to {n_rows - 1} for'
       ' evaluation; lower it, or name a file as --config.data.eval_path'
     )
-  order = _permutation(n_rows, seed, _HELD_OUT, 0)
+  order = shuffled(n_rows, seed, HELD_OUT, 0, source)
   return np.sort(order[n_eval:]), np.sort(order[:n_eval])
 
 
-def row_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-  """The order of the rows in one epoch: a permutation, read-only."""
-  return _permutation(n_rows, seed, _EPOCH, epoch)
+def row_order(
+  n_rows: int, seed: int, epoch: int, source: int | None = None
+) -> np.ndarray:
+  """The order of the rows in one epoch: a permutation, read-only.
+
+  Args:
+    n_rows: how many there are.
+    seed: of the run.
+    epoch: counted from 0.
+    source: of several sources which, each has orders of its own.
+  """
+  if source is None:
+    return _permutation(n_rows, seed, EPOCH, epoch)
+  return _permutation(n_rows, seed, SOURCE, epoch, source)
+
+
+def rows_between(
+  begin: int, count: int, n_rows: int, seed: int, source: int | None = None
+) -> np.ndarray:
+  """`count` rows from position `begin` on, epoch after epoch: int64 [count].
+
+  Epochs follow each other without a gap, each in its `row_order`.
+  """
+  rows = [np.zeros(0, np.int64)]
+  while count:
+    epoch, offset = divmod(begin, n_rows)
+    part = row_order(n_rows, seed, epoch, source)[offset : offset + count]
+    rows.append(part)
+    begin += len(part)
+    count -= len(part)
+  return np.concatenate(rows)
 
 
 def rows_at(step: int, n_rows: int, global_batch: int, seed: int) -> np.ndarray:
   """Rows of the batch at `step`, counted from 0: int64 [global_batch].
 
-  Epochs follow each other without a gap: a batch may hold the end of one and
-  the start of the next, so no row is left out. A set smaller than a batch
-  repeats within it.
+  A batch may hold the end of one epoch and the start of the next, so no row
+  is left out. A set smaller than a batch repeats within it.
   """
-  position = step * global_batch
-  rows = []
-  wanted = global_batch
-  while wanted:
-    epoch, offset = divmod(position, n_rows)
-    part = row_order(n_rows, seed, epoch)[offset : offset + wanted]
-    rows.append(part)
-    position += len(part)
-    wanted -= len(part)
-  return np.concatenate(rows)
+  return rows_between(step * global_batch, global_batch, n_rows, seed)
 
 
-def row_length(
-  tokenized: TokenizedSet, max_length: int, multiple: int = 64
-) -> int:
+def part_of(rows_AB: np.ndarray, index: int, count: int) -> np.ndarray:
+  """What one of `count` hosts reads of a global batch.
+
+  Of each micro-batch a slice of its own: the parts of hosts 0 to count - 1
+  side by side are the batch.
+
+  Args:
+    rows_AB: numbers of the rows, [micro-batches, rows].
+    index: which host.
+    count: of how many.
+
+  Raises:
+    ValueError: a micro-batch has no equal parts for so many.
+
+  >>> part_of(np.arange(8).reshape(2, 4), index=1, count=2).tolist()
+  [[2, 3], [6, 7]]
+  """
+  size, rest = divmod(rows_AB.shape[1], count)
+  if rest or not 0 <= index < count:
+    raise ValueError(
+      f'{rows_AB.shape[1]} rows of a micro-batch: no part {index} of {count}'
+    )
+  return rows_AB[:, index * size : (index + 1) * size]
+
+
+def row_length(tokenized: RowSet, max_length: int, multiple: int = 64) -> int:
   """One length for every batch of a run, so that the step compiles once."""
-  longest = tokenized.report.longest
+  longest = int(tokenized.lengths.max())
   return min(max_length, -(-longest // multiple) * multiple)
 
 
@@ -141,42 +189,34 @@ def pad_packs(
   return {**batch, 'segments': segments, 'positions': positions}
 
 
-def batch_at(
-  tokenized: TokenizedSet,
-  indices: np.ndarray,
-  step: int,
-  global_batch: int,
-  seed: int,
-  length: int,
-  pad_id: int,
+def take_rows(
+  tokenized: RowSet, rows: np.ndarray, length: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-  """The training batch at `step`, drawn from the rows `indices`."""
-  rows = indices[rows_at(step, len(indices), global_batch, seed)]
-  return _take(tokenized, rows, length, pad_id)
+  """Rows by their numbers as a batch, see `pad_batch`; EMPTY for padding."""
+  nothing = np.zeros(0, np.int32)
+  return pad_batch(
+    [nothing if i == EMPTY else tokenized.ids[i] for i in rows],
+    [nothing if i == EMPTY else tokenized.labels[i] for i in rows],
+    length,
+    pad_id,
+  )
 
 
-def packed_batch_at(
-  tokenized: TokenizedSet,
-  packs: Packs,
-  step: int,
-  global_batch: int,
-  seed: int,
-  pad_id: int,
+def take_packs(
+  tokenized: RowSet, packs: Packs, chosen: np.ndarray, pad_id: int
 ) -> dict[str, np.ndarray]:
-  """The training batch at `step` of packs, in the order of so many rows."""
-  chosen = [
-    packs.rows[i] for i in rows_at(step, len(packs.rows), global_batch, seed)
-  ]
+  """Packs by their numbers as a batch, see `pad_packs`."""
+  rows_of = [packs.rows[i] for i in chosen]
   return pad_packs(
-    [[tokenized.ids[i] for i in rows] for rows in chosen],
-    [[tokenized.labels[i] for i in rows] for rows in chosen],
+    [[tokenized.ids[i] for i in rows] for rows in rows_of],
+    [[tokenized.labels[i] for i in rows] for rows in rows_of],
     packs.length,
     pad_id,
   )
 
 
 def eval_batches(
-  tokenized: TokenizedSet,
+  tokenized: RowSet,
   indices: np.ndarray,
   batch_size: int,
   length: int,
@@ -187,32 +227,30 @@ def eval_batches(
   The last batch is filled up with rows of nothing but padding.
   """
   for begin in range(0, len(indices), batch_size):
-    rows = indices[begin : begin + batch_size]
-    yield _take(tokenized, rows, length, pad_id, batch_size - len(rows))
+    rows = np.full(batch_size, EMPTY)
+    chosen = indices[begin : begin + batch_size]
+    rows[: len(chosen)] = chosen
+    yield take_rows(tokenized, rows, length, pad_id)
 
 
-def _take(
-  tokenized: TokenizedSet,
-  rows: np.ndarray,
-  length: int,
-  pad_id: int,
-  n_empty: int = 0,
-) -> dict[str, np.ndarray]:
-  empty = [np.zeros(0, np.int32)] * n_empty
-  return pad_batch(
-    [tokenized.ids[i] for i in rows] + empty,
-    [tokenized.labels[i] for i in rows] + empty,
-    length,
-    pad_id,
-  )
+def shuffled(n: int, seed: int, stream: int, *numbers: int) -> np.ndarray:
+  """A permutation of 0 to n - 1, the same on any machine: int64 [n].
 
-
-# A step needs the epoch it is in, and at a border the next: more are kept for
-# sets smaller than a batch, and so that two sets can take turns.
-@functools.lru_cache(maxsize=16)
-def _permutation(n_rows: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-  bits = np.random.Philox(np.random.SeedSequence([seed, stream, epoch]))
+  Args:
+    n: how many.
+    seed: of the run.
+    stream: what it is for.
+    numbers: which of that.
+  """
+  bits = np.random.Philox(np.random.SeedSequence([seed, stream, *numbers]))
   # stable: should two draws be equal, their order is still the same everywhere
-  order = np.argsort(bits.random_raw(n_rows), kind='stable')
+  return np.argsort(bits.random_raw(n), kind='stable')
+
+
+# A step needs the epoch it is in, and at a border the next, of each source:
+# more are kept for sets smaller than a batch, and so that sets can take turns.
+@functools.lru_cache(maxsize=32)
+def _permutation(n_rows: int, *key: int) -> np.ndarray:
+  order = shuffled(n_rows, *key)
   order.setflags(write=False)
   return order

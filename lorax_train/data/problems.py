@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_PLACES = 5
+PLACES = 5
 _KINDS = 8
 _COUNTED = 1000  # reasons counted apart; they may hold words of the data
 
@@ -55,7 +55,7 @@ class Problems:
     """Counts one; those of a file come in the order of its rows."""
     self._n += 1
     self._count(problem.reason, 1, [problem.where])
-    if len(self.first) < _PLACES:
+    if len(self.first) < PLACES:
       self.first.append(problem)
 
   def _count(self, reason: str, n: int, where: list[str]) -> None:
@@ -63,7 +63,7 @@ class Problems:
       reason = 'another reason'
     self.counts[reason] += n
     places = self.places.setdefault(reason, [])
-    places += where[: _PLACES - len(places)]
+    places += where[: PLACES - len(places)]
 
   def __len__(self) -> int:
     return self._n
@@ -73,7 +73,7 @@ class Problems:
     both = Problems()
     for part in (self, other):
       both._n += len(part)
-      both.first += part.first[: _PLACES - len(both.first)]
+      both.first += part.first[: PLACES - len(both.first)]
       for reason, n in part.counts.items():
         both._count(reason, n, part.places[reason])
     return both

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.joined import RowSet
 from lorax_train.data.statistics import Chunk, chunks
-from lorax_train.data.tokenized import TokenizedSet
 
 # Share of a row's labels that must be the next id, and not their own, for the
 # row to be taken for shifted.
@@ -42,7 +42,7 @@ class Suspects(NamedTuple):
 
 
 def suspects(
-  tokenized: TokenizedSet,
+  tokenized: RowSet,
   rows: np.ndarray,
   ends: Sequence[int],
   bos_id: int | None = None,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorax_train.data.encode import NO_LOSS
-from lorax_train.data.tokenized import TokenizedSet
+from lorax_train.data.joined import RowSet
 
 _CHUNK = 4096  # rows
 _BINS = 10
@@ -53,7 +53,7 @@ class Chunk(NamedTuple):
 
 
 def chunks(
-  tokenized: TokenizedSet, rows: np.ndarray, size: int = _CHUNK
+  tokenized: RowSet, rows: np.ndarray, size: int = _CHUNK
 ) -> Iterator[Chunk]:
   """The rows of a set in their order, `size` at a time."""
   for begin in range(0, len(rows), size):
@@ -66,14 +66,14 @@ def chunks(
     yield Chunk(np.asarray(part), begins, np.concatenate(ids), labels)
 
 
-def learned(tokenized: TokenizedSet, rows: np.ndarray) -> np.ndarray:
+def learned(tokenized: RowSet, rows: np.ndarray) -> np.ndarray:
   """How many tokens of each row are learned, int64 [rows]."""
   counts = [c.per_row(c.labels != NO_LOSS) for c in chunks(tokenized, rows)]
   return np.concatenate(counts) if counts else np.zeros(0, np.int64)
 
 
 def without_end(
-  tokenized: TokenizedSet, rows: np.ndarray, ends: Sequence[int]
+  tokenized: RowSet, rows: np.ndarray, ends: Sequence[int]
 ) -> np.ndarray:
   """Those of the rows whose last learned token is none of `ends`."""
   found = [
@@ -94,7 +94,7 @@ class Repeats(NamedTuple):
   earlier: np.ndarray
 
 
-def duplicates(tokenized: TokenizedSet, rows: np.ndarray) -> Repeats:
+def duplicates(tokenized: RowSet, rows: np.ndarray) -> Repeats:
   """Those of the rows that repeat an earlier one of them."""
   first = _first_alike(_digests(tokenized, rows))
   again = np.flatnonzero(first != np.arange(len(rows)))
@@ -102,9 +102,9 @@ def duplicates(tokenized: TokenizedSet, rows: np.ndarray) -> Repeats:
 
 
 def leaks(
-  train_set: TokenizedSet,
+  train_set: RowSet,
   train_rows: np.ndarray,
-  eval_set: TokenizedSet,
+  eval_set: RowSet,
   eval_rows: np.ndarray,
 ) -> Repeats:
   """Those of `eval_rows` that are among `train_rows` as well."""
@@ -115,7 +115,7 @@ def leaks(
   return Repeats(eval_rows[seen], train_rows[first[seen]])
 
 
-def _digests(tokenized: TokenizedSet, rows: np.ndarray) -> np.ndarray:
+def _digests(tokenized: RowSet, rows: np.ndarray) -> np.ndarray:
   """128 bits of each row's ids, uint64 [rows, 2]."""
   digests = np.zeros((len(rows), 2), np.uint64)
   for n, i in enumerate(rows):

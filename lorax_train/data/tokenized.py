@@ -20,6 +20,7 @@ from lorax_train.data.encode import (
   encode_rows,
 )
 from lorax_train.data.problems import (
+  PLACES,
   Problem,
   Problems,
   RowError,
@@ -67,6 +68,29 @@ class Report:
   target_tokens: int
   longest: int
   dropped_at: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+  def __add__(self, other: 'Report') -> 'Report':
+    """Of the rows of both, these first."""
+    added = {
+      field.name: getattr(self, field.name) + getattr(other, field.name)
+      for field in dataclasses.fields(self)
+      if field.type == 'int' or field.type is int
+    }
+    reasons = {**self.dropped, **other.dropped}
+    return Report(
+      **added
+      | {
+        'longest': max(self.longest, other.longest),
+        'dropped': dict(Counter(self.dropped) + Counter(other.dropped)),
+        'dropped_at': {
+          reason: [
+            *self.dropped_at.get(reason, []),
+            *other.dropped_at.get(reason, []),
+          ][:PLACES]
+          for reason in reasons
+        },
+      }
+    )
 
   def summary(self) -> str:
     """One line for the log."""

@@ -3,7 +3,7 @@
 Neither weights nor devices are touched: config.json and the tokenizer will do.
 """
 
-import re
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ import numpy as np
 
 from lorax_train.config import TrainConfig
 from lorax_train.data import packing, preview, statistics
+from lorax_train.data.joined import RowSet
 from lorax_train.data.statistics import Repeats
 from lorax_train.data.tokenize import Tokenizer
-from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import find, hf_config
 from lorax_train.formats.jsonfile import read_object
-from lorax_train.infer.inspection import aligned
 from lorax_train.train import options, setup
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import Rows, epochs, paths, templates
 
 Facts = dict[str, Any]
 
@@ -34,8 +33,6 @@ _TURN_ENDS = (
   '<|end_of_turn|>',
 )
 _PLACES = 5
-_TOLD = 3  # of these, in words
-_BAR = 40
 
 
 def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
@@ -55,12 +52,14 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
     lengths {shortest, mean, longest, quantiles {per cent: tokens}, bins [{from,
       to, rows}]};
     padding {packing, plain {rows, length, share}, packed {packs, length,
-      share}}: shares from 0 to 1;
+      share}, buckets {lengths, share} or None}: shares from 0 to 1;
     ends {ids, learned, share, missing}: rows that learn to end, and the first
       places of those that do not;
     duplicates {rows, first [[place, earlier place]]};
     leaks {rows, first [[held-out place, training place]]};
-    run {steps, batch, epochs}, a batch in rows or packs; None without a run;
+    run {steps, batch, epochs}, a batch in rows or packs; None without a run,
+      and so are epochs of several sources;
+    sources [{path, template, weight, read, kept, epochs}];
     examples [{where, tokens, learned_tokens, end_learned, ids, labels, pieces,
       runs [{text, learned, piece}]}].
 
@@ -84,9 +83,9 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
   learned = statistics.learned(train_set, train_rows)
   return {
     'model': cfg.model.path,
-    'data': cfg.data.path,
+    'data': paths(cfg),
     'eval_data': cfg.data.eval_path or None,
-    'template': cfg.data.template,
+    'template': templates(cfg),
     'max_length': cfg.data.max_length,
     'rows': {
       'read': report.rows_read,
@@ -125,6 +124,7 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
     'duplicates': _repeats(again, train_set, train_set),
     'leaks': _repeats(seen, rows.eval_set, train_set),
     'run': _run(cfg, rows) if a_run else None,
+    'sources': _sources(cfg, rows, a_run),
     'examples': [_example(rows, int(i), ends) for i in train_rows[:n_rows]],
   }
 
@@ -177,16 +177,12 @@ def _object(path: Path) -> dict[str, Any]:
     return {}
 
 
-def places(
-  tokenized: TokenizedSet, rows: Sequence[int] | np.ndarray
-) -> list[str]:
+def places(tokenized: RowSet, rows: Sequence[int] | np.ndarray) -> list[str]:
   """The first places of some rows of a set."""
   return [tokenized.where[i] for i in rows[:_PLACES]]
 
 
-def _repeats(
-  found: Repeats, of_rows: TokenizedSet, of_earlier: TokenizedSet
-) -> Facts:
+def _repeats(found: Repeats, of_rows: RowSet, of_earlier: RowSet) -> Facts:
   pairs = zip(found.rows[:_PLACES], found.earlier[:_PLACES], strict=True)
   return {
     'rows': len(found.rows),
@@ -211,14 +207,31 @@ def _padding(cfg: TrainConfig, rows: Rows, lengths: np.ndarray) -> Facts:
       'length': packs.length,
       'share': statistics.padding(tokens, n_packs, packs.length),
     },
+    'buckets': rows.buckets
+    and {'lengths': list(rows.buckets.bounds), 'share': rows.buckets.padding},
   }
 
 
 def _run(cfg: TrainConfig, rows: Rows) -> Facts:
   batch = cfg.train.batch_size * cfg.train.grad_accum
-  n = len(rows.packs.rows if rows.packs else rows.train_rows)
-  steps = cfg.train.steps
-  return {'steps': steps, 'batch': batch, 'epochs': steps * batch / n}
+  of_sources = epochs(cfg, rows)
+  return {
+    'steps': cfg.train.steps,
+    'batch': batch,
+    'epochs': of_sources[0] if len(of_sources) == 1 else None,
+  }
+
+
+def _sources(cfg: TrainConfig, rows: Rows, a_run: bool) -> list[Facts]:
+  return [
+    {
+      **dataclasses.asdict(s.source),
+      'read': s.rows.report.rows_read,
+      'kept': s.rows.report.rows_kept,
+      'epochs': n if a_run else None,
+    }
+    for s, n in zip(rows.sources, epochs(cfg, rows), strict=True)
+  ]
 
 
 def _example(rows: Rows, i: int, ends: Sequence[int]) -> Facts:
@@ -235,136 +248,3 @@ def _example(rows: Rows, i: int, ends: Sequence[int]) -> Facts:
     'pieces': [tokenizer.piece(t) for t in ids.tolist()] if tokenizer else None,
     'runs': [run._asdict() for run in preview.runs(ids, labels, tokenizer)],
   }
-
-
-def text(facts: Facts, colour: bool = False) -> str:
-  """`describe` in words; of what comes out of the data nothing is raw."""
-  shown = [_example_text(e, colour) for e in facts['examples']]
-  return '\n\n'.join([*shown, _bars(facts['lengths']), _summary(facts)])
-
-
-def _example_text(example: Facts, colour: bool) -> str:
-  end = 'EOS learned' if example['end_learned'] else 'EOS NOT LEARNED'
-  head = (
-    f'{_inline(example["where"])}  {example["tokens"]:,} tokens,'
-    f' {example["learned_tokens"]:,} learned, {end}'
-  )
-  runs = [preview.Run(**run) for run in example['runs']]
-  return f'{head}\n{preview.shown(runs, colour)}'
-
-
-def _bars(lengths: Facts) -> str:
-  bins = lengths['bins']
-  most = max(b['rows'] for b in bins)
-  spans = [f'{b["from"]}-{b["to"]}' for b in bins]
-  wide, high = max(map(len, spans)), len(f'{most:,}')
-  lines = [
-    f'{span:>{wide}}  {b["rows"]:>{high},}  '
-    # what is there at all has a bar
-    + '#' * -(-_BAR * b['rows'] // most)
-    for span, b in zip(spans, bins, strict=True)
-  ]
-  return '\n'.join(['rows by tokens', *(line.rstrip() for line in lines)])
-
-
-def _summary(facts: Facts) -> str:
-  rows, lengths, ends = facts['rows'], facts['lengths'], facts['ends']
-  percentiles = ', '.join(
-    f'{q} % {tokens:,}' for q, tokens in lengths['quantiles'].items()
-  )
-  held_out = f'{rows["held_out"]:,} held out'
-  if facts['eval_data']:
-    held_out += f' of {_inline(facts["eval_data"])}'
-  lines = {
-    'data': f'{_inline(facts["data"])}, template {_inline(facts["template"])}',
-    'rows': (
-      f'{rows["read"]:,} read, {rows["kept"]:,} kept, {rows["train"]:,} to'
-      f' train on, {held_out}'
-    ),
-    'dropped': '; '.join(
-      f'{d["rows"]:,} x {_inline(d["reason"])} ({_first(d["first"], d["rows"])})'
-      for d in facts['dropped']
-    )
-    or 'none',
-    'cut': (
-      f'{facts["truncated"]:,} at the front, {facts["cut_off"]:,} at the end, at'
-      f' max_length {facts["max_length"]:,}'
-    ),
-    'tokens': (
-      f'{facts["tokens"]:,}, {facts["learned_tokens"]:,} learned'
-      f' ({_percent(facts["learned_tokens"] / facts["tokens"])})'
-    ),
-    'length': (
-      f'{lengths["shortest"]:,} to {lengths["longest"]:,}, mean'
-      f' {lengths["mean"]:,.1f}; {percentiles}'
-    ),
-    **_padding_text(facts['padding']),
-    'EOS': (
-      f'learned in {ends["learned"]:,} of {rows["train"]:,} rows'
-      f' ({_percent(ends["share"])})'
-      + _but(rows['train'] - ends['learned'], ends['missing'])
-    ),
-    'boundary': (
-      f'{facts["merged_boundary"]:,} rows with a token across prompt and'
-      ' completion'
-    ),
-    'duplicates': _pairs(facts['duplicates'], 'repeat an earlier one'),
-    'leaks': _pairs(facts['leaks'], 'of those held out are trained on'),
-  }
-  if facts['run']:
-    run, packed = facts['run'], facts['padding']['packing']
-    lines['run'] = (
-      f'{run["steps"]:,} steps of {run["batch"]:,}'
-      f' {"packs" if packed else "rows"}: {run["epochs"]:,.2f} epochs'
-    )
-  return aligned(lines)
-
-
-def _padding_text(padding: Facts) -> dict[str, str]:
-  plain, packed = padding['plain'], padding['packed']
-  of_rows = (
-    f'{_percent(plain["share"])} with rows filled up to {plain["length"]:,}'
-    ' tokens'
-  )
-  of_packs = (
-    f'{packed["packs"]:,} packs of {plain["rows"]:,} rows,'
-    f' {packed["length"]:,} tokens each, padding {_percent(packed["share"])}'
-  )
-  if padding['packing']:
-    return {'padding': of_packs, 'unpacked': f'it would be {of_rows}'}
-  return {
-    'padding': of_rows,
-    'packing': f'data.packing would make {of_packs}',
-  }
-
-
-def _but(n: int, first: Sequence[str]) -> str:
-  return f'; not in {n:,} ({_first(first, n)})' if n else ''
-
-
-def _pairs(repeats: Facts, what: str) -> str:
-  pairs = [f'{a} as {b}' for a, b in repeats['first']]
-  first = f' ({_first(pairs, repeats["rows"])})' if pairs else ''
-  return f'{repeats["rows"]:,} rows {what}{first}'
-
-
-def _first(found: Sequence[str], n: int) -> str:
-  # The data's path has a line of its own: here the names of the files will do.
-  names = [_inline(re.sub(r'[^ ]*/', '', place)) for place in found[:_TOLD]]
-  return ', '.join([*names, *(['...'] if n > len(names) else [])])
-
-
-def _inline(text: str) -> str:
-  return preview.visible(text, keep='')
-
-
-def _percent(share: float) -> str:
-  """Three figures; never 0 or 100 for what is not.
-
-  >>> _percent(0.99999), _percent(0.0), _percent(0.5)
-  ('99.9 %', '0.0 %', '50.0 %')
-  """
-  value = round(100 * share, 1)
-  if 0 < share < 1:
-    value = min(max(value, 0.1), 99.9)
-  return f'{value:.1f} %'

@@ -30,7 +30,7 @@ from lorax_train.models.params import DecoderConfig
 from lorax_train.train import checkpoint, options, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.inspection import read_run
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import Rows, paths, templates
 
 Tree = Any
 Report = dict[str, Any]
@@ -100,7 +100,7 @@ def evaluate_run(run_dir: str) -> Report:
     'data': rows.fingerprint,
     'weights': safetensors.fingerprint(safetensors.open_dir(model_dir)),
   }
-  for name, path in (('data', cfg.data.path), ('weights', cfg.model.path)):
+  for name, path in (('data', paths(cfg)), ('weights', cfg.model.path)):
     if now[name] != inputs.get(name):
       raise ResumeError(
         f'run {run_dir}: the {name} of {path} are not those that it read: put'
@@ -234,8 +234,8 @@ def _evaluate(
   return {
     'model': cfg.model.path,
     'adapter': cfg.lora.init_from or None,
-    'data': cfg.data.eval_path or cfg.data.path,
-    'template': cfg.data.template,
+    'data': cfg.data.eval_path or paths(cfg),
+    'template': cfg.data.template if cfg.data.eval_path else templates(cfg),
     'rows': len(rows.eval_rows),
     'learned_tokens': learned,
     'dtype': cfg.model.dtype,

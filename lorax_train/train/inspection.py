@@ -118,6 +118,17 @@ def _besides(lora: Facts) -> str:
   return ''.join(f', {words}' for words in said)
 
 
+def _sources(data: Facts) -> str:
+  """Where the rows come from, in words."""
+  if not data['mixture']:
+    return f'{data["path"]}, template {data["template"]}'
+  return '; '.join(
+    f'{s["weight"]:g} x {s["path"]}, template'
+    f' {s["template"] or data["template"]}'
+    for s in data['mixture']
+  )
+
+
 def run_text(facts: Facts) -> str:
   """`run_facts` in words."""
   cfg, adapter = facts['config'], facts['adapter']
@@ -132,7 +143,7 @@ def run_text(facts: Facts) -> str:
       f'{model["path"]}, compute {model["dtype"]}, weights'
       f' {model["param_dtype"]}'
     ),
-    'data': f'{data["path"]}, template {data["template"]}{held}',
+    'data': f'{_sources(data)}{held}',
     'lora': (
       lora['init_from']
       or f'{lora["variant"]}, rank {lora["rank"]}, alpha {lora["alpha"]:g},'

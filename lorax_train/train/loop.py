@@ -5,7 +5,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from lorax_train.train import (
   setup,
 )
 from lorax_train.train import step as step_lib
+from lorax_train.train.ahead import Ahead, made_ahead
 from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import banner_lines
 from lorax_train.train.step import TrainState
 
 Tree = Any
@@ -78,7 +79,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   model_cfg = adapters.model_cfg
   shapes, _ = setup.abstract(cfg, adapters)
   say(report.banner(cfg, shapes, adapters.all_names, mesh,
-                    setup.rows_summary(rows), rows.train_length, run_dir))  # fmt: skip
+                    banner_lines(cfg, rows), run_dir))  # fmt: skip
   chosen = samples.choose(rows, cfg.eval.samples)
   done = checkpoint.latest_step(run_dir / 'checkpoints') or 0
   if done > steps:
@@ -110,7 +111,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       state = found._replace(fixed_factors=None)
       say(f'resumed    at step {int(state.step)}')
 
-    # --- the step: one shape, compiled once, ahead of the loop
+    # --- the step: compiled ahead of the loop, for each length of a batch
     began = time.monotonic()
     apply = setup.make_apply(cfg, model_cfg)
     step = jax.jit(
@@ -120,20 +121,27 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       donate_argnums=0,
       out_shardings=(shardings, parallel.replicated(mesh)),
     )
-    batch, _ = rows.batch(cfg, mesh, 0)
-    train_step = step.lower(state, frozen, batch).compile()
+    compiled = {}
+    for length, shapes in rows.shapes(cfg, mesh).items():
+      compiled[length] = step.lower(state, frozen, shapes).compile()
     evaluate = make_evaluate(apply, frozen, rows, cfg.train.batch_size, mesh)
     answer = samples.make_answer(
       cfg, model_cfg, model_dir, frozen, rows, chosen
     )
-    say(f'compiled   {time.monotonic() - began:.1f} s')
+    took = f'compiled   {time.monotonic() - began:.1f} s'
+    lengths = ', '.join(map(str, compiled))
+    say(f'{took} (for {lengths} tokens)' if len(compiled) > 1 else took)
 
     start = int(state.step)
     progress = Progress(start, steps)
-    with contextlib.closing(MetricsLog(run_dir, start)) as log:
+    make = functools.partial(rows.batch, cfg, mesh)
+    with (
+      contextlib.closing(MetricsLog(run_dir, start)) as log,
+      made_ahead(make, range(start, steps)) as batches,
+    ):
       look = _make_look(run_dir, evaluate, answer, chosen, log, progress)
       state = _train(
-        cfg, run_dir, train_step, look, state, frozen, rows, mesh, stop, log,
+        cfg, run_dir, compiled, look, state, frozen, batches, stop, log,
         progress,
       )  # fmt: skip
 
@@ -187,12 +195,11 @@ def _make_look(
 def _train(
   cfg: TrainConfig,
   run_dir: Path,
-  train_step: Callable[..., Any],
+  compiled: Mapping[int, Callable[..., Any]],
   look: Callable[[int, Tree], None],
   state: TrainState,
   frozen: Tree,
-  rows: Rows,
-  mesh: jax.sharding.Mesh,
+  batches: Ahead[tuple[dict[str, jax.Array], int]],
   stop: list[str],
   log: MetricsLog,
   progress: Progress,
@@ -206,7 +213,7 @@ def _train(
   steps, start = cfg.train.steps, int(state.step)
   schedule = optim.make_schedule(setup.optim_config(cfg))
   pending: list[tuple[dict[str, jax.Array], int]] = []
-  saved, began = start, time.monotonic()
+  saved, waited, began = start, 0.0, time.monotonic()
 
   if start == 0:
     look(0, state.trainable)
@@ -215,14 +222,22 @@ def _train(
     # step, which is then saved.
     if stop and saved == at - 1:
       break
-    batch, tokens = rows.batch(cfg, mesh, at - 1)
-    state, measured = train_step(state, frozen, batch)
+    # One step is computed and one waits, or batches would pile up. Where the
+    # next batch is late, waiting counts from when the devices have no more to
+    # do.
+    behind = pending[-2:-1] if batches.ready else pending[-1:]
+    jax.block_until_ready([values for values, _ in behind])
+    asked = time.monotonic()
+    batch, tokens = batches.take()
+    waited += time.monotonic() - asked
+    length = batch['ids'].shape[-1]
+    state, measured = compiled[length](state, frozen, batch)
     pending.append((measured, tokens))
     last = at == steps or bool(stop)
     save = last or at % cfg.checkpoint.every == 0
     held_out = at == steps or at % cfg.eval.every == 0
     if save or held_out or at % cfg.train.log_every == 0:
-      _flush(pending, at, began, schedule, log, progress)
+      _flush(pending, at, began, waited, schedule, log, progress)
       if held_out:
         look(at, state.trainable)
       if save:
@@ -230,7 +245,7 @@ def _train(
         kept = state._replace(fixed_factors=lora.fixed_factors(frozen))
         checkpoint.save(run_dir / 'checkpoints', at, kept, cfg.checkpoint.keep)
         saved = at
-      pending, began = [], time.monotonic()
+      pending, waited, began = [], 0.0, time.monotonic()
   if int(state.step) < steps:
     raise StoppedError(
       f'stopped by {stop[0]} at step {int(state.step)} of {steps}, nothing'
@@ -243,6 +258,7 @@ def _flush(
   pending: list[tuple[dict[str, jax.Array], int]],
   at: int,
   began: float,
+  waited: float,
   schedule: Callable[[int], Any],
   log: MetricsLog,
   progress: Progress,
@@ -265,8 +281,11 @@ def _flush(
       grad_norm=norm,
       learning_rate=float(schedule(i)),
       tokens_per_second=tps,
+      data_wait=waited / seconds,
     )
-  progress.report(at, loss, float(schedule(at - 1)), tps, seconds)
+  progress.report(
+    at, loss, float(schedule(at - 1)), tps, seconds, waited / seconds
+  )
 
 
 @contextlib.contextmanager

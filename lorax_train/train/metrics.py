@@ -11,6 +11,8 @@ from lorax_train.train.checkpoint import write_atomically
 FILE = 'metrics.jsonl'
 BOARD = 'tensorboard'
 
+_WORTH_TELLING = 0.05
+
 Line = dict[str, Any]
 
 
@@ -69,7 +71,13 @@ class Progress:
     self._seconds = 0.0
 
   def report(
-    self, step: int, loss: float, lr: float, tps: float, seconds: float
+    self,
+    step: int,
+    loss: float,
+    lr: float,
+    tps: float,
+    seconds: float,
+    data_wait: float = 0.0,
   ) -> None:
     """Says how far training is, and when it will be done at this pace.
 
@@ -79,13 +87,16 @@ class Progress:
       lr: its learning rate.
       tps: tokens a second since the last report.
       seconds: that the steps since then took.
+      data_wait: share of them that was spent on waiting for batches, told where
+        it is worth telling.
     """
     self._seconds += seconds
     pace = self._seconds / (step - self._start)
     minutes, seconds = divmod(int(pace * (self._steps - step)), 60)
+    waited = f'  data {data_wait:.0%}' if data_wait > _WORTH_TELLING else ''
     text = (
       f'step {step}/{self._steps}  loss {loss:.4f}  lr {lr:.2e}'
-      f'  {tps:,.0f} tokens/s  left {minutes}:{seconds:02d}'
+      f'  {tps:,.0f} tokens/s{waited}  left {minutes}:{seconds:02d}'
     )
     end = '\r' if self._live and step < self._steps else '\n'
     self._out.write(f'{text:<79}{end}' if self._live else text + end)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from lorax_train import config as config_lib
 from lorax_train import lora
 from lorax_train.config import TrainConfig
 from lorax_train.train import plot, samples
@@ -19,8 +20,7 @@ def banner(
   frozen: Any,
   names: Mapping[str, Sequence[str]],
   mesh: jax.sharding.Mesh,
-  rows: str,
-  length: int,
+  rows: Mapping[str, str],
   run_dir: Path,
 ) -> str:
   """The facts of a run, a line each.
@@ -30,15 +30,12 @@ def banner(
     frozen: from `lora.split`; shapes suffice.
     names: {path: module names}.
     mesh: devices.
-    rows: summary of the data.
-    length: tokens of a row, or of a pack, in a batch.
+    rows: lines about the data.
     run_dir: where the run goes.
   """
   trainable, base = lora.count(frozen)
-  n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
   axes = ' x '.join(f'{k} {v}' for k, v in mesh.shape.items())
   share = 100 * trainable / base
-  of_batch = 'packs' if cfg.data.packing else 'rows'
   lines = {
     'model': f'{cfg.model.path}, {base:,} parameters',
     'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
@@ -48,11 +45,7 @@ def banner(
       ' adapters and optimizer float32'
     ),
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
-    'data': rows,
-    'batch': (
-      f'{n_micro} x {n_rows} {of_batch} of {length} tokens:'
-      f' {n_micro * n_rows * length:,} a step, padding included'
-    ),
+    **rows,
     'run_dir': str(run_dir),
   }
   return '\n'.join(f'{key:<10} {value}' for key, value in lines.items())
@@ -143,6 +136,12 @@ def _also(spec: lora.LoraSpec) -> str:
   return f'; {", ".join(parts)}' if parts else ''
 
 
+def _templates(cfg: TrainConfig) -> str:
+  """Those that rows are trained on in."""
+  used = dict.fromkeys(s.template for s in config_lib.sources(cfg.data))
+  return ', '.join(f'`{template}`' for template in used)
+
+
 def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
   """README.md of an adapter directory, with the hub's front matter."""
   base = cfg.model.path
@@ -173,7 +172,7 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
     f'- variant {spec.variant}, rank {spec.rank}, alpha {spec.alpha:g}, targets'
     f' `{spec.targets}`{_also(spec)}',
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
-    f' {of_batch}, template `{cfg.data.template}`, peak learning rate'
+    f' {of_batch}, template {_templates(cfg)}, peak learning rate'
     f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
     f'- {result}',
     '',

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from lorax_train.data import soundness, statistics, tokenized
+from lorax_train.data.joined import RowSet
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import DataError
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import dataview
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import Rows
 
 OK, WARN, FAIL, SKIPPED = 'ok', 'warn', 'FAIL', 'skipped'
 
@@ -104,8 +105,9 @@ def dropped(rows: Rows) -> Iterator[Check]:
 
 def _ids(rows: Rows, model_cfg: DecoderConfig) -> Iterator[Check]:
   sound = True
-  sets = [rows.train_set]
-  if rows.eval_set is not rows.train_set:
+  sets = [source.rows for source in rows.sources]
+  own = rows.eval_set is not rows.train_set
+  if own and isinstance(rows.eval_set, TokenizedSet):
     sets.append(rows.eval_set)
   for one in sets:
     try:
@@ -119,7 +121,7 @@ def _ids(rows: Rows, model_cfg: DecoderConfig) -> Iterator[Check]:
 
 
 def _looked_through(
-  sets: Sequence[tuple[TokenizedSet, np.ndarray]],
+  sets: Sequence[tuple[RowSet, np.ndarray]],
   model_dir: Path,
   tokenizer: Tokenizer | None,
   cut_at: int | None,
@@ -210,7 +212,7 @@ def _looked_through(
 
 
 def _whole(
-  tokenized_set: TokenizedSet, rows: np.ndarray, cut_at: int | None
+  tokenized_set: RowSet, rows: np.ndarray, cut_at: int | None
 ) -> np.ndarray:
   """Those of the rows whose end was not cut: `dropped` tells of the others."""
   return rows[tokenized_set.lengths[rows] != cut_at]

@@ -22,7 +22,7 @@ CONFIG = 'config.json'
 RUN = 'run.json'
 
 _INPUTS = {
-  'data': 'the rows of data.path',
+  'data': 'the rows of data.path or data.mixture',
   'weights': 'the weights of model.path',
 }
 
@@ -174,13 +174,13 @@ def versions() -> dict[str, str]:
 
 
 def flat(mapping: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  """{'a': {'b': [1]}} -> {'a.b': (1,)}: JSON makes lists of tuples."""
   out: dict[str, Any] = {}
   for key, value in mapping.items():
     if isinstance(value, Mapping):
       out.update(flat(value, f'{prefix}{key}.'))
     else:
-      out[f'{prefix}{key}'] = value
+      out[f'{prefix}{key}'] = tuple(value) if isinstance(value, list) else value
   return out
 
 

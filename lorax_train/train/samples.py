@@ -13,7 +13,7 @@ from lorax_train.data.problems import one_line, shorten
 from lorax_train.infer import complete, generate
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import Rows
 
 Tree = Any
 Line = Mapping[str, Any]  # of metrics.jsonl
@@ -54,7 +54,8 @@ def choose(rows: Rows, n: int) -> list[Sample]:
     ids, labels = rows.eval_set.ids[i].tolist(), rows.eval_set.labels[i]
     begin = int((labels != NO_LOSS).argmax())
     prompt = ids[:begin]
-    if len(chosen) < n and prompt:
+    known = any(rows.eval_set.where[i] == sample.where for sample in chosen)
+    if len(chosen) < n and prompt and not known:
       text = rows.tokenizer.decode(prompt)
       wanted = complete.continuation(rows.tokenizer, prompt, ids[begin:])
       chosen.append(Sample(rows.eval_set.where[i], prompt, text, wanted))

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import batches, packing, prepare, tokenize, tokenized
+from lorax_train.data import prepare, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import peft
@@ -23,65 +22,10 @@ from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import optim
 from lorax_train.train import step as step_lib
+from lorax_train.train.rows import Rows, arrange
 from lorax_train.train.step import TrainState
 
 Tree = Any
-
-
-class Rows(NamedTuple):
-  """Tokenised rows, and which of them are trained on and which held out.
-
-  `length` is of a row in a batch; `packs` are the rows to train on, packed.
-  """
-
-  train_set: tokenized.TokenizedSet
-  train_rows: np.ndarray
-  eval_set: tokenized.TokenizedSet
-  eval_rows: np.ndarray
-  length: int
-  tokenizer: Tokenizer | None
-  packs: packing.Packs | None = None
-
-  @property
-  def fingerprint(self) -> str:
-    """Of all that the run reads."""
-    both = (self.train_set.fingerprint, self.eval_set.fingerprint)
-    return both[0] if both[0] == both[1] else '+'.join(both)
-
-  def batch(
-    self, cfg: TrainConfig, mesh: jax.sharding.Mesh, step: int
-  ) -> tuple[dict[str, jax.Array], int]:
-    """The batch of a step and its number of tokens, padding not counted.
-
-    Returns:
-      ids and labels [micro-batches, rows, tokens] on the mesh, of packs also
-      segments and positions. No mask: causal attention never looks at padding
-      on the right.
-    """
-    n_micro, n_rows = cfg.train.grad_accum, cfg.train.batch_size
-    order = step, n_micro * n_rows, cfg.train.seed
-    if self.packs is None:
-      flat = batches.batch_at(
-        self.train_set, self.train_rows, *order, self.length, self.pad_id
-      )
-    else:
-      flat = batches.packed_batch_at(
-        self.train_set, self.packs, *order, self.pad_id
-      )
-    tokens = int(flat.pop('mask').sum())
-    sharding = parallel.batch_sharding(mesh, axis=1)
-    parts = {n: x.reshape(n_micro, n_rows, -1) for n, x in flat.items()}
-    return jax.device_put(parts, sharding), tokens
-
-  @property
-  def train_length(self) -> int:
-    """Tokens of a row, or of a pack, in a training batch."""
-    return self.packs.length if self.packs else self.length
-
-  @property
-  def pad_id(self) -> int:
-    """What fills rows up; it is never attended to or learned."""
-    return self.tokenizer.pad_id if self.tokenizer else 0
 
 
 class Adapters(NamedTuple):
@@ -219,33 +163,17 @@ def read_rows(
     cfg.data.cache,
   )
 
-  def read(path: str) -> tokenized.TokenizedSet:
-    rows = prepare.prepare(path, cfg.data.template, tokenizer, options)
+  def read(path: str, template: str) -> tokenized.TokenizedSet:
+    rows = prepare.prepare(path, template, tokenizer, options)
     tokenized.check_ids(rows, model_cfg.vocab)
     return rows
 
-  train_set = read(cfg.data.path)
-  n_rows = len(train_set.ids)
+  sources = config_lib.sources(cfg.data)
+  tokenised = [read(each.path, each.template) for each in sources]
+  eval_set = None
   if cfg.data.eval_path:
-    eval_set = read(cfg.data.eval_path)
-    train_rows, eval_rows = np.arange(n_rows), np.arange(len(eval_set.ids))
-  else:
-    eval_set = train_set
-    n_eval = min(cfg.eval.rows, n_rows // 10)
-    train_rows, eval_rows = batches.split_held_out(
-      n_rows, n_eval, cfg.train.seed
-    )
-  longest = max(
-    batches.row_length(s, cfg.data.max_length) for s in (train_set, eval_set)
-  )
-  packs = None
-  if cfg.data.packing:
-    packs = packing.pack_rows(
-      train_set.lengths[train_rows], cfg.data.max_length, train_rows
-    )
-  return Rows(
-    train_set, train_rows, eval_set, eval_rows, longest, tokenizer, packs
-  )
+    eval_set = read(cfg.data.eval_path, cfg.data.template)
+  return arrange(cfg, tokenised, eval_set, tokenizer)
 
 
 def _tokenizer(
@@ -255,21 +183,15 @@ def _tokenizer(
   try:
     tokenizer = tokenize.load_tokenizer(model_dir)
   except ModelError:
-    if cfg.data.template == 'tokens':
+    sources = config_lib.sources(cfg.data)
+    templates = {each.template for each in sources}
+    if cfg.data.eval_path:
+      templates.add(cfg.data.template)
+    if templates == {'tokens'}:
       return None
     raise
   tokenize.check_vocabulary(tokenizer, model_cfg.vocab)
   return tokenizer
-
-
-def rows_summary(rows: Rows) -> str:
-  """What became of the rows, for the banner."""
-  text = rows.train_set.report.summary()
-  if rows.eval_set is not rows.train_set:
-    text += f'; {len(rows.eval_rows):,} held-out rows of their own'
-  else:
-    text += f'; {len(rows.eval_rows):,} of them held out'
-  return f'{text}; {rows.packs.summary()}' if rows.packs else text
 
 
 def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
@@ -280,6 +202,7 @@ def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
   """
   try:
     mesh = parallel.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    parallel.batch_part(mesh)  # that there is one
   except ValueError as error:
     raise ConfigError(str(error)) from None
   ways = parallel.batch_ways(mesh)

@@ -30,7 +30,7 @@ from lorax_train.formats import find, hf, hf_config, safetensors
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import checkpoint, rowchecks, rundir, setup
 from lorax_train.train.rowchecks import FAIL, OK, SKIPPED, WARN, Check, skipped
-from lorax_train.train.setup import Rows
+from lorax_train.train.rows import Rows
 
 # An id that no embedding has a row for is a check of its own here.
 _ANY_ID = 2**31 - 1

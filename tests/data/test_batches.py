@@ -7,15 +7,19 @@ from hypothesis import strategies as st
 
 from lorax_train.data import batches
 from lorax_train.data.batches import (
-  batch_at,
+  EMPTY,
   eval_batches,
-  packed_batch_at,
   pad_batch,
   pad_packs,
+  part_of,
   row_length,
   row_order,
   rows_at,
+  rows_between,
+  shuffled,
   split_held_out,
+  take_packs,
+  take_rows,
 )
 from lorax_train.data.packing import pack_rows
 from lorax_train.data.source import Row
@@ -172,23 +176,62 @@ def test_an_epoch_of_packs_holds_every_row_once():
   assert packs.rows == [[1, 5], [4, 8], [7, 11]]
   seen = []
   for step in range(3):
-    batch = packed_batch_at(data, packs, step, 1, seed=2, pad_id=0)
+    chosen = rows_at(step, 3, 1, seed=2)
+    batch = take_packs(data, packs, chosen, pad_id=0)
     assert batch['ids'].shape == (1, 7)
     first = (batch['positions'] == 0) & batch['mask']
     seen.append(batch['ids'][first].tolist())  # row i begins with i
   assert seen == [packs.rows[i] for i in row_order(3, seed=2, epoch=0)]
 
 
-def test_batch_at():
-  indices = np.array([1, 4, 7, 8])
-  data = tokenized(9)
-  for step in range(5):
-    batch = batch_at(data, indices, step, 3, seed=2, length=5, pad_id=0)
-    rows = indices[rows_at(step, 4, 3, seed=2)]
-    assert batch['ids'].shape == (3, 5)
-    assert batch['ids'][:, 0].tolist() == rows.tolist()
-    lengths = [2 + row % 3 for row in rows]
-    assert batch['mask'].sum(axis=1).tolist() == lengths
+def test_rows_by_their_numbers():
+  batch = take_rows(tokenized(9), np.array([7, EMPTY, 2]), length=5, pad_id=99)
+  expected = [[7, 8, 9, 99, 99], [99] * 5, [2, 3, 4, 5, 99]]
+  assert batch['ids'].tolist() == expected
+  assert batch['mask'].sum(axis=1).tolist() == [3, 0, 4]
+  np.testing.assert_array_equal(
+    batch['labels'], np.where(batch['mask'], expected, _)
+  )
+
+
+@pytest.mark.parametrize('count', [1, 2, 3, 6])
+def test_the_parts_of_all_hosts_are_the_batch(count):
+  rows = np.arange(12).reshape(2, 6)
+  parts = [part_of(rows, index, count) for index in range(count)]
+  assert {part.shape for part in parts} == {(2, 6 // count)}
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows)
+
+
+@pytest.mark.parametrize('index, count', [(0, 4), (0, 12), (2, 2), (-1, 2)])
+def test_a_part_that_there_is_not(index, count):
+  with pytest.raises(ValueError, match=f'no part {index} of {count}'):
+    part_of(np.arange(12).reshape(2, 6), index, count)
+
+
+def test_sources_have_orders_of_their_own():
+  orders = [row_order(50, 3, e, s).tolist() for e in (0, 1) for s in (0, 1)]
+  orders += [row_order(50, 3, e).tolist() for e in (0, 1)]
+  assert len({tuple(order) for order in orders}) == 6
+  walk = rows_between(40, 70, 50, 3, source=1).tolist()
+  assert walk == [*orders[1][40:], *orders[3], *row_order(50, 3, 2, 1)[:10]]
+  assert rows_between(40, 0, 50, 3).tolist() == []
+
+
+def test_shuffled_never_changes():
+  """Written out once, as are the orders of rows above."""
+  assert shuffled(8, 0, batches.EPOCH, 0).tolist() == [3, 7, 4, 2, 1, 6, 5, 0]
+  assert shuffled(8, 0, batches.SOURCE, 0, 1).tolist() == [
+    5,
+    1,
+    7,
+    6,
+    3,
+    0,
+    2,
+    4,
+  ]
+  assert shuffled(8, 0, batches.BLOCK, 0).tolist() == [7, 6, 1, 3, 5, 2, 4, 0]
+  assert shuffled(8, 0, batches.BATCHES, 0).tolist() == [6, 5, 1, 4, 3, 2, 0, 7]
 
 
 def test_eval_batches_hold_every_row_once():

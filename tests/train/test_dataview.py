@@ -101,11 +101,18 @@ def test_every_number_of_a_few_rows(weightless, tmp_path, capfd):
       'plain': {'rows': 4, 'length': 15, 'share': pytest.approx(1 - 34 / 60)},
       # 12 alone, 8 + 7, 7
       'packed': {'packs': 3, 'length': 15, 'share': pytest.approx(1 - 34 / 45)},
+      'buckets': None,
     },
     'ends': {'ids': [257], 'learned': 4, 'share': 1.0, 'missing': []},
     'duplicates': {'rows': 1, 'first': [[f'{data}:3', f'{data}:1']]},
     'leaks': {'rows': 0, 'first': []},
     'run': None,
+    'sources': [
+      {
+        'path': str(data), 'template': 'prompt_completion', 'weight': 1.0,
+        'read': 5, 'kept': 4, 'epochs': None,
+      }
+    ],
   }  # fmt: skip
   assert [(b['from'], b['to']) for b in bins] == [
     (n, n + 1) for n in range(1, 13, 2)
@@ -180,6 +187,73 @@ def test_a_configuration_has_steps_and_held_out_rows(
   out = run([*argv, '--config.data.packing=True'], capfd)
   assert '\npadding     3 packs of 4 rows' in out
   assert '\nrun         6 steps of 6 packs: 12.00 epochs\n' in out
+
+
+def test_a_mixture_and_its_sources(weightless, tmp_path, capfd):
+  a = write(tmp_path / 'a.jsonl', ROWS * 4)
+  b = write(tmp_path / 'b.jsonl', [{'text': 'xyz'}, {'text': ''}] * 3)
+  argv = of_config(
+    weightless,
+    '',
+    f"--config.data.mixture=({{'path': '{a}', 'weight': 3}},"
+    f" {{'path': '{b}', 'template': 'text'}})",
+    '--config.data.max_length=15',
+    '--config.data.on_bad_row=skip',
+    '--config.train.steps=10',
+    '--config.train.batch_size=8',
+    '--config.train.grad_accum=1',
+    '--config.eval.rows=0',
+    '--rows=0',
+  )
+  facts = facts_of(argv, capfd)
+  assert facts['data'] == f'{a}, {b}'
+  assert facts['template'] == 'prompt_completion, text'
+  assert facts['rows'] == {'read': 26, 'kept': 19, 'train': 19, 'held_out': 0}
+  assert facts['dropped'] == [
+    {
+      'reason': 'longer than 15 tokens',
+      'rows': 4,
+      'first': [f'{a}:{n}' for n in (5, 10, 15, 20)],
+    },
+    {
+      'reason': 'empty completion',
+      'rows': 3,
+      'first': [f'{b}:{n}' for n in (2, 4, 6)],
+    },
+  ]
+  assert facts['tokens'] == 4 * 34 + 3 * 5
+  # 80 rows: 60 of 16 and 20 of 3
+  assert [s['epochs'] for s in facts['sources']] == [60 / 16, 20 / 3]
+  assert [(s['read'], s['kept']) for s in facts['sources']] == [
+    (20, 16),
+    (6, 3),
+  ]
+  assert facts['run'] == {'steps': 10, 'batch': 8, 'epochs': None}
+  out = run(argv, capfd)
+  assert f'{a}, prompt_completion, weight 3: 16 of 20 rows kept, 3.75' in out
+
+
+def test_buckets(weightless, tmp_path, capfd):
+  data = write(tmp_path / 'rows.jsonl', ROWS[:4] * 2)
+  argv = of_config(
+    weightless,
+    data,
+    '--config.data.buckets=8,12',
+    '--config.train.batch_size=2',
+    '--config.train.grad_accum=1',
+    '--config.train.steps=8',
+    '--config.eval.rows=0',
+    '--rows=0',
+  )
+  facts = facts_of(argv, capfd)
+  # 3 batches of two rows of 8 tokens, one of two of 12
+  assert facts['padding']['buckets'] == {
+    'lengths': [8, 12],
+    'share': pytest.approx(1 - 68 / 72),
+  }
+  assert facts['run'] == {'steps': 8, 'batch': 2, 'epochs': 2.0}
+  out = run(argv, capfd)
+  assert re.search(r'padding +5\.6 % in batches of 8, 12 tokens\n', out)
 
 
 def test_no_end_is_shown(weightless, tmp_path, capfd):

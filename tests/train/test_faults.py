@@ -130,8 +130,9 @@ def metrics(run_dir):
 
 def curve(run_dir):
   """What the run measured, but for the speed."""
+  speed = 'tokens_per_second', 'data_wait'
   return [
-    {k: v for k, v in line.items() if k != 'tokens_per_second'}
+    {k: v for k, v in line.items() if k not in speed}
     for line in metrics(run_dir)
   ]
 

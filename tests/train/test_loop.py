@@ -16,7 +16,7 @@ from lorax_train import config, parallel
 from lorax_train.errors import ConfigError, DataError
 from lorax_train.formats import hf, hf_config
 from lorax_train.infer.score import score
-from lorax_train.train import evaluate, loop, optim, setup
+from lorax_train.train import evaluate, loop, optim, rundir, setup
 from lorax_train.train import step as step_lib
 from tests.toys import random_ids
 
@@ -61,13 +61,15 @@ def test_a_run_leaves_what_the_contract_says(
     'tokenizer.json', 'tokenizer_config.json',
   }  # fmt: skip
   written = json.loads((run_dir / 'config.json').read_text())
-  assert written == config.to_mapping(cfg)
+  assert rundir.flat(written) == rundir.flat(config.to_mapping(cfg))
   assert [step for step, _ in metrics(run_dir, 'loss')] == [1, 2, 3, 4]
   held_out = metrics(run_dir, 'eval_loss')
   assert [step for step, _ in held_out] == [0, 2, 4]
   assert held_out[-1][1] < held_out[0][1]
   for key in ('grad_norm', 'learning_rate', 'tokens_per_second'):
     assert len(metrics(run_dir, key)) == 4
+  assert all(0 <= share <= 1 for _, share in metrics(run_dir, 'data_wait'))
+  assert len(metrics(run_dir, 'data_wait')) == 4
   steps = {p.name for p in (run_dir / 'checkpoints').iterdir()}
   assert steps == {'2', '4'}
   said = capsys.readouterr().out

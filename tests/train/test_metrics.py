@@ -179,3 +179,12 @@ def test_the_time_left_counts_the_steps_of_this_start_alone():
   out = io.StringIO()
   Progress(990, 1000, out).report(995, 1.0, 0.0, math.pi, 10.0)
   assert 'left 0:10' in out.getvalue()
+
+
+@pytest.mark.parametrize(
+  ('data_wait', 'told'), [(0.0, ''), (0.05, ''), (0.124, '  data 12%')]
+)
+def test_waiting_for_data_is_told_where_it_matters(data_wait, told):
+  out = io.StringIO()
+  Progress(0, 30, out).report(10, 2.5, 1e-4, 1234.5, 20.0, data_wait)
+  assert f'1,234 tokens/s{told}  left 0:40' in out.getvalue()

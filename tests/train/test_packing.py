@@ -5,7 +5,6 @@ uninterrupted run, and the run without packing.
 """
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -122,23 +121,6 @@ def test_gradients_of_packs_are_those_of_their_rows(remat, real, strict):
     of_packs,
     of_rows,
   )
-
-
-@pytest.fixture
-def tokens_file(tmp_path):
-  """60 rows of 4 to 40 ids that count up."""
-  rng = np.random.default_rng(0)
-  path = tmp_path / 'tokens.jsonl'
-  rows = [
-    {'input_ids': list(range(start, start + n))}
-    for start, n in zip(
-      rng.integers(0, 200, 60).tolist(),
-      rng.integers(4, 41, 60).tolist(),
-      strict=True,
-    )
-  ]
-  path.write_text('\n'.join(map(json.dumps, rows)))
-  return path
 
 
 def packing_config(model, rows, run_dir, packing=True, **sections):

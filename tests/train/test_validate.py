@@ -373,7 +373,7 @@ def test_a_run_dir_in_use_or_of_another_run(
   rows_file.write_text(rows_file.read_text('utf-8').replace('Say', 'Tell'))
   code, checks = validate(argv, capfd)
   assert code == 5
-  assert 'data.path are not those' in not_ok(checks)['run_dir', 'FAIL']
+  assert 'data.mixture are not those' in not_ok(checks)['run_dir', 'FAIL']
 
 
 def test_the_lines_of_a_terminal(checked, tmp_path, tiny_model, capfd):

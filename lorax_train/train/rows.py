@@ -1,0 +1,338 @@
+"""The rows of a run, and its batches on the mesh: a function of the step."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lorax_train import config as config_lib
+from lorax_train import parallel
+from lorax_train.config import Source, TrainConfig
+from lorax_train.data import batches, buckets, mixture, packing
+from lorax_train.data.buckets import Buckets, Walk
+from lorax_train.data.joined import Joined, RowSet
+from lorax_train.data.tokenize import Tokenizer
+from lorax_train.data.tokenized import TokenizedSet
+from lorax_train.errors import DataError
+
+
+class SourceRows(NamedTuple):
+  """A source, tokenised.
+
+  Attributes:
+    source: where it is from, and its template and weight.
+    rows: all of it.
+    n_items: rows of it, or packs, that are trained on.
+  """
+
+  source: Source
+  rows: TokenizedSet
+  n_items: int
+
+
+class Rows(NamedTuple):
+  """Tokenised rows, which of them are trained on and in what order.
+
+  Attributes:
+    train_set: rows that `train_rows` are numbers of.
+    train_rows: what is trained on.
+    eval_set: rows that `eval_rows` are numbers of.
+    eval_rows: what is held out.
+    length: tokens of a row in a batch.
+    tokenizer: None where rows of token ids have none.
+    sources: what `train_set` is made of.
+    walk: the order of the items: train_rows, or packs of them.
+    tokens: of each item, int64 [items].
+    packs: the rows to train on, packed.
+    buckets: the order in batches, where these have more than one length.
+  """
+
+  train_set: RowSet
+  train_rows: np.ndarray
+  eval_set: RowSet
+  eval_rows: np.ndarray
+  length: int
+  tokenizer: Tokenizer | None
+  sources: tuple[SourceRows, ...]
+  walk: Walk
+  tokens: np.ndarray
+  packs: packing.Packs | None = None
+  buckets: Buckets | None = None
+
+  @property
+  def fingerprint(self) -> str:
+    """Of all that the run reads."""
+    both = (self.train_set.fingerprint, self.eval_set.fingerprint)
+    return both[0] if both[0] == both[1] else '+'.join(both)
+
+  @property
+  def lengths(self) -> tuple[int, ...]:
+    """Tokens of a row, or of a pack, in the training batches there are."""
+    if self.buckets:
+      return self.buckets.bounds
+    return (self.packs.length if self.packs else self.length,)
+
+  @property
+  def pad_id(self) -> int:
+    """What fills rows up; it is never attended to or learned."""
+    return self.tokenizer.pad_id if self.tokenizer else 0
+
+  def items_at(self, cfg: TrainConfig, step: int) -> tuple[np.ndarray, int]:
+    """Items of the batch at `step`, and the length of the batch.
+
+    Returns:
+      Numbers into train_rows, or of packs, int64 [micro-batches, rows], of the
+      global batch; EMPTY for a row of nothing but padding.
+    """
+    shape = cfg.train.grad_accum, cfg.train.batch_size
+    size = shape[0] * shape[1]
+    if self.buckets:
+      items, length = self.buckets.at(step)
+    else:
+      items, length = self.walk(step * size, size), self.lengths[0]
+    return items.reshape(shape), length
+
+  def part(
+    self, cfg: TrainConfig, step: int, index: int, count: int
+  ) -> dict[str, np.ndarray]:
+    """What host `index` of `count` reads of the batch at `step`.
+
+    Returns:
+      ids and labels [micro-batches, rows, tokens], of packs also segments and
+      positions. No mask: causal attention never looks at padding on the right.
+    """
+    items, length = self.items_at(cfg, step)
+    part_AB = batches.part_of(items, index, count)
+    own = part_AB.ravel()
+    if self.packs:
+      flat = batches.take_packs(self.train_set, self.packs, own, self.pad_id)
+    else:
+      rows = np.where(own < 0, batches.EMPTY, self.train_rows[own])
+      flat = batches.take_rows(self.train_set, rows, length, self.pad_id)
+    del flat['mask']
+    return {n: x.reshape(*part_AB.shape, length) for n, x in flat.items()}
+
+  def batch(
+    self, cfg: TrainConfig, mesh: jax.sharding.Mesh, step: int
+  ) -> tuple[dict[str, jax.Array], int]:
+    """The batch of a step and its number of tokens, padding not counted.
+
+    Returns:
+      What `part` gives, of all hosts, on the mesh.
+    """
+    items, length = self.items_at(cfg, step)
+    part = self.part(cfg, step, *parallel.batch_part(mesh))
+    placed = jax.make_array_from_process_local_data(
+      parallel.batch_sharding(mesh, axis=1), part, (*items.shape, length)
+    )
+    return placed, int(self.tokens[items[items >= 0]].sum())
+
+  def shapes(
+    self, cfg: TrainConfig, mesh: jax.sharding.Mesh
+  ) -> dict[int, dict[str, jax.ShapeDtypeStruct]]:
+    """{length: a batch of it, without the numbers}."""
+    names = ['ids', 'labels', *(['segments', 'positions'] * bool(self.packs))]
+    sharding = parallel.batch_sharding(mesh, axis=1)
+    shape = cfg.train.grad_accum, cfg.train.batch_size
+    return {
+      length: {
+        name: jax.ShapeDtypeStruct(
+          (*shape, length), np.int32, sharding=sharding
+        )
+        for name in names
+      }
+      for length in self.lengths
+    }
+
+
+def arrange(
+  cfg: TrainConfig,
+  tokenised: Sequence[TokenizedSet],
+  eval_set: TokenizedSet | None,
+  tokenizer: Tokenizer | None,
+) -> Rows:
+  """Holds rows out, packs the others, or puts them into buckets.
+
+  Args:
+    cfg: the run.
+    tokenised: rows of each source of the configuration.
+    eval_set: held-out rows; None to take them out of the sources.
+    tokenizer: of the run.
+
+  Raises:
+    DataError: a source has nothing to train on.
+  """
+  sources = config_lib.sources(cfg.data)
+  weights = [source.weight for source in sources]
+  joined = Joined(tokenised)
+  # What a run of a single source has read is the fingerprint of that.
+  train_set: RowSet = joined if len(tokenised) > 1 else tokenised[0]
+  n_eval = cfg.eval.rows if eval_set is None else 0
+  split = _split(cfg, sources, tokenised, n_eval)
+  of_sources, of_held_out = (
+    [start + own for start, own in zip(joined.starts, each, strict=True)]
+    for each in zip(*split, strict=True)
+  )
+  train_rows = np.concatenate(of_sources)
+  held_set, eval_rows = train_set, _in_turn(of_held_out)
+  if eval_set is not None:
+    held_set, eval_rows = eval_set, np.arange(len(eval_set.lengths))
+  room, of_eval = (
+    batches.row_length(s, cfg.data.max_length) for s in (train_set, held_set)
+  )
+  tokens, packs = joined.lengths[train_rows], None
+  sizes = [len(rows) for rows in of_sources]
+  if cfg.data.packing:
+    of_packs = [
+      packing.pack_rows(joined.lengths[rows], cfg.data.max_length, rows)
+      for rows in of_sources
+    ]
+    every = [rows for each in of_packs for rows in each.rows]
+    packs = packing.Packs(every, cfg.data.max_length, int(tokens.sum()))
+    tokens = np.array([joined.lengths[rows].sum() for rows in every])
+    sizes = [len(each.rows) for each in of_packs]
+  walk = _walk(sizes, weights, cfg.train.seed)
+  return Rows(
+    train_set,
+    train_rows,
+    held_set,
+    eval_rows,
+    max(room, of_eval),
+    tokenizer,
+    tuple(map(SourceRows, sources, tokenised, sizes)),
+    walk,
+    tokens,
+    packs,
+    _buckets(cfg, walk, tokens, room),
+  )
+
+
+def _walk(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Walk:
+  if len(sizes) > 1:
+    return mixture.Mixture(sizes, weights, seed).between
+  return lambda begin, count: batches.rows_between(begin, count, sizes[0], seed)
+
+
+def _buckets(
+  cfg: TrainConfig, walk: Walk, tokens: np.ndarray, room: int
+) -> Buckets | None:
+  wanted = config_lib.buckets(cfg.data)
+  if not wanted:
+    return None
+  bounds = buckets.bounds_for(tokens, wanted, room)
+  global_batch = cfg.train.grad_accum * cfg.train.batch_size
+  return Buckets(walk, tokens, bounds, global_batch, cfg.train.seed)
+
+
+def _split(
+  cfg: TrainConfig,
+  sources: Sequence[Source],
+  tokenised: Sequence[TokenizedSet],
+  n_eval: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(rows to train on, rows held out) of each source.
+
+  A row that is held out of one source is not trained on in another template.
+  """
+  parts = mixture.shares([source.weight for source in sources])
+  wanted = mixture.apportion(n_eval, parts, [0] * len(parts))
+  split = []
+  for s, rows in enumerate(tokenised):
+    n_rows = len(rows.lengths)
+    n_held = min(wanted[s], n_rows // 10)
+    split.append(batches.split_held_out(n_rows, n_held, cfg.train.seed, s))
+  paths = [source.path for source in sources]
+  gone = {
+    (path, rows.where[i])
+    for path, rows, (_, held) in zip(paths, tokenised, split, strict=True)
+    if paths.count(path) > 1
+    for i in held
+  }
+  out = []
+  for path, rows, (train, held) in zip(paths, tokenised, split, strict=True):
+    if paths.count(path) > 1:
+      kept = [i for i in train.tolist() if (path, rows.where[i]) not in gone]
+      train = np.array(kept, np.int64)
+    if not len(train):
+      raise DataError(
+        f'{path}: each of its rows is held out in another template; lower'
+        f' eval.rows={cfg.eval.rows}, or name a file as --config.data.eval_path'
+      )
+    out.append((train, held))
+  return out
+
+
+def _in_turn(parts: Sequence[np.ndarray]) -> np.ndarray:
+  """All numbers, a first of each part, then a second: samples of each."""
+  turns = np.concatenate([np.arange(len(part)) for part in parts])
+  return np.concatenate(parts)[np.argsort(turns, kind='stable')]
+
+
+def paths(cfg: TrainConfig) -> str:
+  """Where the rows come from, in words."""
+  return ', '.join(s.path for s in config_lib.sources(cfg.data))
+
+
+def templates(cfg: TrainConfig) -> str:
+  """What they are read by, in words."""
+  names = (s.template for s in config_lib.sources(cfg.data))
+  return ', '.join(dict.fromkeys(names))
+
+
+def epochs(cfg: TrainConfig, rows: Rows) -> list[float]:
+  """How often the run goes through each source."""
+  positions = cfg.train.steps * cfg.train.grad_accum * cfg.train.batch_size
+  if rows.buckets and len(rows.sources) == 1:
+    return [cfg.train.steps / rows.buckets.n_batches]
+  whole = sum(s.source.weight for s in rows.sources)
+  return [positions * s.source.weight / whole / s.n_items for s in rows.sources]
+
+
+def banner_lines(cfg: TrainConfig, rows: Rows) -> dict[str, str]:
+  """What became of the rows and how they are read, for the banner."""
+  lines = {'data': summary(rows)}
+  size = cfg.train.grad_accum * cfg.train.batch_size
+  positions = cfg.train.steps * size
+  whole = sum(s.source.weight for s in rows.sources)
+  kind = 'packs' if rows.packs else 'rows'
+  of_sources = epochs(cfg, rows)
+  if len(rows.sources) > 1:
+    # All under one name, each on a line of its own.
+    lines['sources'] = f'\n{"":<11}'.join(
+      f'{100 * s.source.weight / whole:.4g} % {s.source.path},'
+      f' {s.source.template}: {s.rows.report.summary()}; {s.n_items:,} {kind}'
+      f' an epoch, {n:,.2f} epochs'
+      for s, n in zip(rows.sources, of_sources, strict=True)
+    )
+  *others, longest = (f'{length}' for length in rows.lengths)
+  lengths = f'{", ".join(others)} or {longest}' if others else longest
+  room = size * rows.lengths[-1]
+  lines['batch'] = (
+    f'{cfg.train.grad_accum} x {cfg.train.batch_size} {kind} of {lengths}'
+    f' tokens: {"at most " * bool(others)}{room:,} a step, padding included;'
+    f' {cfg.train.steps:,} steps are '
+  )
+  if len(rows.sources) > 1:  # each has epochs of its own
+    lines['batch'] += f'{positions:,} {kind}'
+    return lines
+  lines['batch'] += (
+    f'{of_sources[0]:,.2f} epochs of {len(rows.tokens):,} {kind}'
+  )
+  return lines
+
+
+def summary(rows: Rows) -> str:
+  """What became of the rows, in a line."""
+  text = rows.sources[0].rows.report.summary()
+  if len(rows.sources) > 1:
+    text = f'{len(rows.train_rows):,} rows of {len(rows.sources)} sources'
+  if rows.eval_set is not rows.train_set:
+    text += f'; {len(rows.eval_rows):,} held-out rows of their own'
+  elif len(rows.sources) > 1:
+    text += f'; {len(rows.eval_rows):,} others held out'
+  else:
+    text += f'; {len(rows.eval_rows):,} of them held out'
+  if rows.packs:
+    return f'{text}; {rows.packs.summary()}'
+  return f'{text}; {rows.buckets.summary()}' if rows.buckets else text
