@@ -184,12 +184,10 @@ def export(argv: Sequence[str]) -> int:
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
   """Options of verbs that read the rows of a file."""
-  from lorax_train.data.template import TEMPLATES, TOKENS
+  from lorax_train.data.template import KNOWN
 
   group.add_argument('--data', help='file or directory of rows, or a hub id')
-  group.add_argument(
-    '--template', help=f'{", ".join((*TEMPLATES, TOKENS))}, or your own'
-  )
+  group.add_argument('--template', help=f'{", ".join(KNOWN)}, or your own')
   group.add_argument('--max-length', type=int, help='of a row in tokens; 512')
   group.add_argument(
     '--truncation', choices=('drop', 'left', 'right', 'error'), help='drop'

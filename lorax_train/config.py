@@ -15,7 +15,18 @@ from lorax_train.checked import key as _key
 from lorax_train.errors import ConfigError
 from lorax_train.lora import LoraSpec
 
-_TEMPLATES = ('alpaca', 'uno_reverse', 'prompt_completion', 'text', 'tokens')
+_TEMPLATES = (
+  'alpaca',
+  'uno_reverse',
+  'text',
+  'prompt_completion',
+  'chat',
+  'sharegpt',
+  'mistral_v1',
+  'mistral_v3',
+  'mistral_v3_tekken',
+  'tokens',
+)
 _OWN_TEMPLATE = '{}:'
 
 
@@ -111,7 +122,8 @@ class DataSection:
       'weight': 0.3}); weight and template may be left out, for 1 and
       data.template. Weights count rows, with data.packing packs, each of rows
       of one source; eval.rows are split by them.
-    template: how a row becomes a prompt and what is learned, by name; or a
+    template: how a row becomes a prompt and what is learned, by name (chat is
+      the model's own chat template, see docs/chat.md); or a
       format string over its columns, learned from {|} on,
       'Q: {question} A:{|} {answer}'; or a function, 'module:function', that
       makes of a row a dict of prompt and completion.

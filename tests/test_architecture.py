@@ -63,7 +63,7 @@ THEIRS = {
   'models': {'jax', 'flax', 'numpy'},
   'data': {
     'numpy', 'tokenizers', 'sentencepiece', 'datasets', 'huggingface_hub',
-    'pyarrow',
+    'pyarrow', 'jinja2',
   },
 }  # fmt: skip
 
@@ -75,8 +75,9 @@ ONLY_IN = {
   'flax': {'models/'},
   'datasets': {'data/'},
   'pyarrow': {'data/arrow.py'},
-  'tokenizers': {'data/tokenize.py', 'data/sentencepiece_json.py'},
-  'sentencepiece': {'data/tokenize.py', 'data/sentencepiece_json.py'},
+  'tokenizers': {'data/library.py', 'data/sentencepiece_json.py'},
+  'sentencepiece': {'data/library.py', 'data/sentencepiece_json.py'},
+  'jinja2': {'data/jinja_worker.py'},
   'huggingface_hub': {'data/', 'formats/'},
   'gguf': {'formats/gguf.py'},
   'transformers': set(),

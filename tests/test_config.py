@@ -12,6 +12,7 @@ import re
 import pytest
 
 from lorax_train import config
+from lorax_train.data import template
 from lorax_train.errors import ConfigError
 from lorax_train.train import optim
 
@@ -135,7 +136,7 @@ MISTAKES = [
   ('model.dtype', '', ['bfloat16, float32']),
   ('train.schedule', 'cosin', ['did you mean cosine?', 'constant, linear']),
   ('data.template', 'alpacka', ['did you mean alpaca?', 'uno_reverse']),
-  ('data.template', 'my_module', ['none of alpaca', 'text, tokens']),
+  ('data.template', 'my_module', ['none of alpaca', ', tokens']),
   ('data.packing', 1, ['1', 'int', 'bool']),
   ('data.packing', 'best', ["'best'", 'str', 'bool']),
   ('data.truncation', 'middle', ['drop, left, right, error']),
@@ -409,3 +410,8 @@ def test_the_optimizer_takes_its_numbers_from_the_train_section():
   wanted = {f.name for f in dataclasses.fields(optim.OptimConfig)}
   assert wanted <= {f.name for f in dataclasses.fields(config.TrainSection)}
   assert config.TrainSection().beta2 == optim.OptimConfig(1, 1.0).beta2
+
+
+def test_the_templates_are_those_there_are():
+  known = config.DataSection.__dataclass_fields__['template'].metadata
+  assert known['choices'] == template.KNOWN

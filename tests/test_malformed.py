@@ -235,6 +235,50 @@ def test_a_malformed_file_fails_in_one_line(case, tiny_model, tmp_path, capfd):
   assert tree(tmp_path) == before
 
 
+def said(role, content):
+  return {'role': role, 'content': content}
+
+
+HI, HELLO = said('user', 'Hi'), said('assistant', 'Hello.')
+
+# Conversations: (messages of the second row, words of the line that fails)
+TALK = {
+  'an unknown role': ([HI, said('robot', 'x')], ['message 2', "'robot'"]),
+  'a content that is null': ([HI, said('assistant', None)], ['message 2']),
+  'a content that is a list': ([said('user', [{}]), HELLO], ['message 1']),
+  'an answer that is empty': ([HI, said('assistant', ' ')], ['message 2']),
+  'no answer': ([HI], ['no assistant message']),
+  'no messages': ([], ['no messages']),
+  'a message that is text': (['Hi', HELLO], ['not an object', 'message 1']),
+  'messages that are text': ('Hi', ['not a list of messages']),
+  'a role that is missing': ([{'content': 'Hi'}, HELLO], ['message 1']),
+  'half a surrogate': ([said('user', '\ud800'), HELLO], ['lone surrogate']),
+}
+
+
+@pytest.mark.parametrize('case', TALK)
+def test_a_malformed_conversation_fails_in_one_line(
+  case, tiny_model, tmp_path, capfd
+):
+  messages, words = TALK[case]
+  path = tiny_model / 'tokenizer_config.json'
+  own = json.loads(path.read_text()) if path.exists() else {}
+  own['chat_template'] = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}"
+    '{% endfor %}'
+  )
+  path.write_text(json.dumps(own))
+  rows = jsonl({'messages': [HI, HELLO]}, {'messages': messages})
+  data = write(tmp_path / 'data', 'rows.jsonl', rows)
+  before = tree(tmp_path)
+  code, failed = validate(tiny_model, data, 'chat', tmp_path / 'run', capfd)
+  assert code == 3
+  assert len(failed) == 1
+  for word in ('rows.jsonl:2', *words):
+    assert word in failed[0]
+  assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize('case', SOUND)
 def test_a_file_that_only_looks_odd_is_sound(case, tiny_model, tmp_path, capfd):
   data = write(tmp_path / 'data', SOUND[case][0], SOUND[case][1])

@@ -27,7 +27,7 @@ from lorax_train.data.tokenized import Report, TokenizedSet
 
 _ROWS, _META = 'rows', 'meta.json'
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_LIBRARIES = ('tokenizers', 'sentencepiece')
+_LIBRARIES = ('tokenizers', 'sentencepiece', 'jinja2')
 
 
 def tokenized_once(

@@ -1,43 +1,30 @@
 """A row to ids and labels at its full length."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorax_train.data.chat import encode_conversations
+from lorax_train.data.encoded import NO_LOSS, Drop, Encoded, caught, in_parts
 from lorax_train.data.problems import RowError
 from lorax_train.data.rows import Row
-from lorax_train.data.template import TOKENS, Example, template_named
+from lorax_train.data.template import (
+  CONVERSATIONS,
+  TOKENS,
+  Example,
+  template_named,
+)
 from lorax_train.errors import ModelError
 
 if TYPE_CHECKING:
   from lorax_train.data.tokenize import Tokenizer
 
-NO_LOSS = -100  # the label transformers and torch leave out of the loss
-
-_BATCH = 1024  # rows encoded at once: keeps all cores busy, and memory small
-_T = TypeVar('_T')
 _MAX_ID = np.iinfo(np.int32).max
 
 
-class Drop(RowError):
-  """A sound row that the run has no use for: dropped and counted."""
-
-
-class Encoded(NamedTuple):
-  """ids = `bos` ids, then `prompt` ids that may be cut, then the rest."""
-
-  ids: list[int]
-  labels: list[int]
-  bos: int
-  prompt: int
-  truncated: bool = False
-  cut_off: bool = False
-  merged: bool = False
-
-
 def encode_rows(
-  rows: Sequence[Row], template: str, tokenizer: 'Tokenizer | None'
+  rows: Iterable[Row], template: str, tokenizer: 'Tokenizer | None'
 ) -> Iterator[tuple[Row, Encoded | RowError]]:
   """Each row with its full-length encoding, or with what is wrong with it.
 
@@ -45,20 +32,24 @@ def encode_rows(
 
   Raises:
     DataError: no such template.
-    ModelError: the template needs a tokenizer and there is none.
+    ModelError: the template needs a tokenizer and there is none, or the model
+      has no chat template.
   """
   if template == TOKENS:
     for row in rows:
       yield row, caught(_from_tokens, row.fields)
     return
-  render = template_named(template)
+  chats = template in CONVERSATIONS
+  render = None if chats else template_named(template)
   if tokenizer is None:
     raise ModelError(
       f'data.template={template} needs a tokenizer, and the model has none; put'
       ' its tokenizer.json there, or use data.template=tokens'
     )
-  for begin in range(0, len(rows), _BATCH):
-    part = rows[begin : begin + _BATCH]
+  if render is None:
+    yield from encode_conversations(rows, template, tokenizer)
+    return
+  for part in in_parts(rows):
     examples = [caught(_rendered, render, row.fields) for row in part]
     good = [e for e in examples if isinstance(e, Example)]
     prompts = iter(tokenizer.encode([e.prompt for e in good]))
@@ -69,14 +60,6 @@ def encode_rows(
         yield row, caught(_labelled, *ids, tokenizer.bos_id, tokenizer.eos_id)
       else:
         yield row, example
-
-
-def caught(function: Callable[..., _T], *args: Any) -> _T | RowError:
-  """What a function gives, or the RowError that it raises."""
-  try:
-    return function(*args)
-  except RowError as error:
-    return error
 
 
 def _rendered(
@@ -91,7 +74,8 @@ def _rendered(
 def _labelled(
   prompt: list[int], joint: list[int], bos_id: int | None, eos_id: int
 ) -> Encoded:
-  n = 0
+  # Most prompts are whole: compared at once, and only else one by one.
+  n = len(prompt) if joint[: len(prompt)] == prompt else 0
   while n < len(prompt) and n < len(joint) and prompt[n] == joint[n]:
     n += 1
   if n == len(joint):

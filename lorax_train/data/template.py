@@ -7,6 +7,7 @@ between them belongs to one of the two.
 A template is one of TEMPLATES, a format string or a function of the user's:
 
     'alpaca'
+    'chat'                              conversations: see chat.py
     'Q: {question}\nA:{|} {answer}'     learned from {|} on
     'mypackage.mymodule:render'         {...} -> {'prompt': ..., 'completion': ...}
 """
@@ -23,12 +24,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorax_train.data import mistral_chat
+from lorax_train.data.conversation import SHAREGPT
 from lorax_train.data.problems import RowError, one_line, shorten
 from lorax_train.errors import DataError
 
 # Rows that hold `input_ids` (and `labels`) have nothing to render:
 # tokenize_rows takes them as they are.
 TOKENS = 'tokens'
+
+# What reads rows of messages: chat.py makes ids of them.
+CONVERSATIONS = ('chat', SHAREGPT, *mistral_chat.FORMATS)
 
 # In a format string: where the prompt ends and what is learned begins.
 LEARN = '|'
@@ -100,6 +106,9 @@ TEMPLATES: dict[str, Render] = {
   'prompt_completion': prompt_completion,
 }
 
+# Every name that `data.template` knows.
+KNOWN = (*TEMPLATES, *CONVERSATIONS, TOKENS)
+
 
 def template_named(name: str) -> Render:
   """The template that `data.template` asks for.
@@ -117,12 +126,11 @@ def template_named(name: str) -> Render:
     return formatted(name)
   if is_function(name):
     return imported(name)
-  known = [*TEMPLATES, TOKENS]
-  near = difflib.get_close_matches(name, known, n=1)
+  near = difflib.get_close_matches(name, KNOWN, n=1)
   guess = f'did you mean {near[0]!r}? ' if near else ''
   raise DataError(
     f'data.template={shorten(repr(name))}: no such template; {guess}known:'
-    f' {", ".join(known)}, a format string such as {_EXAMPLE}, or'
+    f' {", ".join(KNOWN)}, a format string such as {_EXAMPLE}, or'
     ' module:function'
   )
 

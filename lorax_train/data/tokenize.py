@@ -6,7 +6,8 @@ a Mistral directory that has only `tokenizer.model` gives wrong ids). No special
 token is ever added here, and none is read out of a text: a row that spells
 "</s>" gets the ids of those four characters, not the end of a sequence. Two
 things the libraries do match in a text: sentencepiece's user-defined pieces,
-and tokenizer.json's added tokens that are not marked special.
+and tokenizer.json's added tokens that are not marked special. The texts that
+chat templates write are another matter: see chat.py.
 
 Rows to ids is tokenized.py; its names are offered here as well.
 """
@@ -14,13 +15,16 @@ Rows to ids is tokenized.py; its names are offered here as well.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import sentencepiece
-import tokenizers
-
+from lorax_train.data.library import (
+  Library,
+  Located,
+  SentencePieceLibrary,
+  TokenizersLibrary,
+)
 from lorax_train.data.problems import one_line, shorten
 from lorax_train.data.tokenized import (
   Report,
@@ -45,96 +49,11 @@ _JSON = 'tokenizer.json'
 _MODEL = 'tokenizer.model'
 _CONFIG = 'tokenizer_config.json'
 _SPECIAL = 'special_tokens_map.json'
-_FILES = (_JSON, _MODEL, _CONFIG, _SPECIAL, 'chat_template.jinja')
+_TEMPLATE = 'chat_template.jinja'
+_FILES = (_JSON, _MODEL, _CONFIG, _SPECIAL, _TEMPLATE)
 
-
-class _Library(Protocol):
-  """What either library is asked for."""
-
-  @property
-  def size(self) -> int: ...
-
-  def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-  def decode(self, ids: Sequence[int]) -> str: ...
-
-  def piece(self, id: int) -> str | None: ...
-
-  def id_of(self, piece: str) -> int | None: ...
-
-  def own(self, name: str) -> int | None:
-    """The file's own id for bos, eos, pad or unk."""
-
-  def adds_bos(self, bos_id: int) -> bool:
-    """Whether the file itself says that a text begins with BOS."""
-
-
-class _TokenizersLibrary:
-  def __init__(self, path: Path):
-    self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    # Files may carry the padding and truncation of whoever saved them.
-    self._tokenizer.no_padding()
-    self._tokenizer.no_truncation()
-    # The name misleads: True makes a special token in a text plain text.
-    self._tokenizer.encode_special_tokens = True
-    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-    self.size = max(vocabulary.values(), default=-1) + 1
-    added = self._tokenizer.get_added_tokens_decoder()
-    self._special = {id for id, token in added.items() if token.special}
-
-  def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    batch = self._tokenizer.encode_batch_fast(
-      list(texts), add_special_tokens=False
-    )
-    return [encoding.ids for encoding in batch]
-
-  def decode(self, ids: Sequence[int]) -> str:
-    # Not skip_special_tokens: it misses special tokens marked `normalized`.
-    ids = [id for id in map(int, ids) if id not in self._special]
-    return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-  def piece(self, id: int) -> str | None:
-    return self._tokenizer.id_to_token(id) if 0 <= id < self.size else None
-
-  def id_of(self, piece: str) -> int | None:
-    return self._tokenizer.token_to_id(piece)
-
-  def own(self, name: str) -> int | None:
-    # Of the four, tokenizer.json has only the model's unk_token.
-    unk = getattr(self._tokenizer.model, 'unk_token', None)
-    return self.id_of(unk) if name == 'unk' and unk is not None else None
-
-  def adds_bos(self, bos_id: int) -> bool:
-    return self._tokenizer.encode('').ids[:1] == [bos_id]
-
-
-class _SentencePieceLibrary:
-  def __init__(self, path: Path):
-    # model_file: an empty model_proto would load as an empty model, unseen.
-    self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    self.size = self._model.get_piece_size()
-
-  def encode(self, texts: Sequence[str]) -> list[list[int]]:
-    # All cores, in threads: forking after jax has started can hang.
-    return self._model.encode(list(texts), out_type=int, num_threads=-1)
-
-  def decode(self, ids: Sequence[int]) -> str:
-    # An embedding may have more rows than there are pieces: no text either.
-    return self._model.decode([i for i in map(int, ids) if i < self.size])
-
-  def piece(self, id: int) -> str | None:
-    return self._model.id_to_piece(id) if 0 <= id < self.size else None
-
-  def id_of(self, piece: str) -> int | None:
-    id = self._model.piece_to_id(piece)  # unk for what it does not know
-    return id if self._model.id_to_piece(id) == piece else None
-
-  def own(self, name: str) -> int | None:
-    id = getattr(self._model, f'{name}_id')()
-    return id if id >= 0 else None
-
-  def adds_bos(self, bos_id: int) -> bool:
-    return True  # the file does not say; Llama's and Mistral's all do
+# What chat templates call the special tokens: bos_token and so on.
+_NAMES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,19 +67,50 @@ class Tokenizer:
     size: the highest id of any piece, added tokens too, plus 1.
     files: what to copy beside an adapter.
     fingerprint: sha256 over the names and contents of `files`.
+    names: spellings of the special tokens by what chat templates call them,
+      {'bos_token': '<s>'}.
+    chat_template: in Jinja, None where the directory has none.
   """
 
-  library: _Library
+  library: Library
   bos_id: int | None
   eos_id: int
   pad_id: int
   size: int
   files: tuple[Path, ...]
   fingerprint: str
+  names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  chat_template: str | None = None
+
+  @property
+  def folder(self) -> Path:
+    """The model directory."""
+    return self.files[0].parent
+
+  @property
+  def special(self) -> Mapping[str, int]:
+    """Ids of the special tokens by their spelling."""
+    return self.library.special
+
+  @property
+  def added(self) -> Mapping[str, int]:
+    """The same, and all else that is never the product of a merge."""
+    return self.library.added
 
   def encode(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids of each text; no BOS or EOS, and none read out of the text."""
     return self.library.encode(texts)
+
+  def encode_chat(
+    self, chats: Sequence[str | list[str | int]]
+  ) -> list[Located]:
+    """Ids and offsets of texts in which special tokens ARE read.
+
+    Args:
+      chats: each a text; or a list of texts in which none is read, and of
+        special tokens by id, which count as one character in the offsets.
+    """
+    return self.library.encode_chat(chats)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of ids; special tokens such as BOS and EOS give none."""
@@ -212,7 +162,40 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
     size=library.size,
     files=files,
     fingerprint=_fingerprint(files),
+    names=_names(library, maps, bos_id, eos_id),
+    chat_template=_chat_template(folder, config),
   )
+
+
+def _names(
+  library: Library,
+  maps: Sequence[dict[str, Any]],
+  bos_id: int | None,
+  eos_id: int,
+) -> dict[str, str]:
+  """What the files name, and for BOS and EOS what stands for them anyhow."""
+  ids = {'bos': bos_id, 'eos': eos_id}
+  spelled = {n: None if i is None else library.piece(i) for n, i in ids.items()}
+  named = {n: _named(maps, n) or spelled.get(n) for n in _NAMES}
+  return {f'{n}_token': token for n, token in named.items() if token}
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+  """chat_template.jinja, or else tokenizer_config.json's, of several 'default'.
+
+  What is neither a text nor such a list counts as none: most runs need none.
+  """
+  path = folder / _TEMPLATE
+  if path.is_file():
+    return path.read_bytes().decode('utf-8', 'replace')
+  found = config.get('chat_template')
+  if isinstance(found, list):
+    found = {
+      entry['name']: entry.get('template')
+      for entry in found
+      if isinstance(entry, dict) and isinstance(entry.get('name'), str)
+    }.get('default')
+  return found if isinstance(found, str) else None
 
 
 def check_same_ids(model_dir: str | Path, texts: Sequence[str]) -> None:
@@ -265,11 +248,11 @@ def check_vocabulary(tokenizer: Tokenizer, rows_in_embedding: int) -> None:
     )
 
 
-def _open(path: Path) -> _Library:
+def _open(path: Path) -> Library:
   try:
     if path.name == _JSON:
-      return _TokenizersLibrary(path)
-    return _SentencePieceLibrary(path)
+      return TokenizersLibrary(path)
+    return SentencePieceLibrary(path)
   except Exception as error:  # `tokenizers` raises Exception itself
     raise ModelError(
       f'{path}: not a tokenizer ({shorten(one_line(str(error)), 120)}); fetch'
@@ -303,7 +286,7 @@ def _named(maps: Sequence[dict[str, Any]], name: str) -> str | None:
 
 def _special(
   folder: Path,
-  library: _Library,
+  library: Library,
   name: str,
   maps: Sequence[dict[str, Any]],
   model_config: dict[str, Any],
@@ -331,7 +314,7 @@ def _special(
   return id
 
 
-def _pad(library: _Library, maps: Sequence[dict[str, Any]]) -> int:
+def _pad(library: Library, maps: Sequence[dict[str, Any]]) -> int:
   """Any id would do, since padding is masked: the least surprising one."""
   for name in ('pad', 'unk'):
     token = _named(maps, name)

@@ -3,22 +3,17 @@
 import contextlib
 import dataclasses
 import difflib
-import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorax_train.data.chat import contents
 from lorax_train.data.columns import Ragged, Texts, Writer
-from lorax_train.data.encode import (
-  NO_LOSS,
-  Drop,
-  Encoded,
-  caught,
-  encode_rows,
-)
+from lorax_train.data.encode import encode_rows
+from lorax_train.data.encoded import NO_LOSS, Drop, Encoded, caught
 from lorax_train.data.problems import (
   PLACES,
   Problem,
@@ -28,7 +23,7 @@ from lorax_train.data.problems import (
   describe,
 )
 from lorax_train.data.rows import Row
-from lorax_train.data.template import TOKENS, template_named
+from lorax_train.data.template import CONVERSATIONS, TOKENS, template_named
 from lorax_train.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
 
 TRUNCATIONS = ('drop', 'error', 'left', 'right')
 _ON_BAD_ROW = ('error', 'skip')
-_CHUNK = 1024  # rows held at once
+_OFTEN = 256  # rows between two words on progress
 _PART = 2**20  # ids looked at at once
 
 
@@ -190,20 +185,20 @@ def tokenize_rows(
   _check_option('on_bad_row', on_bad_row, _ON_BAD_ROW)
   totals = _Totals()
   with contextlib.closing(Writer(folder)) as writer:
-    for chunk in _chunks(rows):
-      for row, result in encode_rows(chunk, template, tokenizer):
-        try:
-          if isinstance(result, RowError):
-            raise result
-          kept = _fit(result, max_length, truncation)
-        except RowError as error:
-          totals.leave_out(row, error)
-        else:
-          ids, labels = (np.array(x, np.int32) for x in (kept.ids, kept.labels))
-          writer.append(ids, labels, row.where)
-          totals.keep(kept)
-      totals.n['read'] += len(chunk)
-      progress(totals.n['read'], totals.n['tokens'])
+    for row, result in encode_rows(rows, template, tokenizer):
+      try:
+        if isinstance(result, RowError):
+          raise result
+        kept = _fit(result, max_length, truncation)
+      except RowError as error:
+        totals.leave_out(row, error)
+      else:
+        ids, labels = (np.array(x, np.int32) for x in (kept.ids, kept.labels))
+        writer.append(ids, labels, row.where)
+        totals.keep(kept)
+      totals.n['read'] += 1
+      if totals.n['read'] % _OFTEN == 0:
+        progress(totals.n['read'], totals.n['tokens'])
     totals.check(truncation, on_bad_row)
     columns = writer.finish()
   return TokenizedSet(*columns, totals.report(), writer.fingerprint)
@@ -270,9 +265,15 @@ class _Totals:
 
 
 def rendered_texts(rows: Sequence[Row], template: str, limit: int) -> list[str]:
-  """Prompt and completion of the first `limit` rows, bad ones left out."""
+  """Prompt and completion of the first `limit` rows, bad ones left out.
+
+  Of conversations, what each message says.
+  """
   if template == TOKENS:
     return []
+  if template in CONVERSATIONS:
+    found = (caught(contents, row.fields, template) for row in rows[:limit])
+    return [text for f in found if not isinstance(f, RowError) for text in f]
   render = template_named(template)
   results = (caught(render, row.fields) for row in rows[:limit])
   return [
@@ -309,15 +310,6 @@ def check_ids(tokenized: TokenizedSet, rows_in_embedding: int) -> None:
     f"ids outside the embedding's {rows_in_embedding} rows:"
     f' {describe(problems)}; encode them with the tokenizer of this model'
   )
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-  """Rows some at a time; of no rows, an empty chunk: it is looked at too."""
-  rows = iter(rows)
-  chunk = list(itertools.islice(rows, _CHUNK))
-  yield chunk
-  while chunk := list(itertools.islice(rows, _CHUNK)):
-    yield chunk
 
 
 def _check_option(name: str, value: str, known: Sequence[str]) -> None:

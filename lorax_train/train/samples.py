@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     where: its place in the data.
     prompt: ids, BOS included.
     prompt_text: as text.
-    wanted: the row's own completion.
+    wanted: the row's own completion; of a conversation, the first answer.
   """
 
   where: str
@@ -52,12 +52,15 @@ def choose(rows: Rows, n: int) -> list[Sample]:
     return chosen
   for i in rows.eval_rows:
     ids, labels = rows.eval_set.ids[i].tolist(), rows.eval_set.labels[i]
-    begin = int((labels != NO_LOSS).argmax())
+    learned = labels != NO_LOSS
+    begin = int(learned.argmax())
+    rest = learned[begin:]
+    end = len(ids) if rest.all() else begin + int(rest.argmin())
     prompt = ids[:begin]
     known = any(rows.eval_set.where[i] == sample.where for sample in chosen)
     if len(chosen) < n and prompt and not known:
       text = rows.tokenizer.decode(prompt)
-      wanted = complete.continuation(rows.tokenizer, prompt, ids[begin:])
+      wanted = complete.continuation(rows.tokenizer, prompt, ids[begin:end])
       chosen.append(Sample(rows.eval_set.where[i], prompt, text, wanted))
   return chosen
 

@@ -16,8 +16,11 @@ import pytest
 
 from lorax_train import __main__, config
 from lorax_train.data import template
+from lorax_train.data.rows import Row
+from lorax_train.data.tokenize import load_tokenizer, tokenize_rows
 from lorax_train.infer import complete
 from lorax_train.train import loop, metrics, plot, samples
+from lorax_train.train.rows import arrange
 from lorax_train.train.samples import Sample
 from tests.toys import write_model
 from tests.train.test_loop import make_config
@@ -80,6 +83,17 @@ def test_samples_are_what_generate_says(finished):
     assert prompt in markdown
     assert f'wanted     {row["output"]}\n' in said
   assert texts[0] != texts[4]
+
+
+def test_of_a_conversation_the_first_answer_is_wanted(tiny_model):
+  tokenizer = load_tokenizer(tiny_model)
+  turns = [('user', 'Hi'), ('assistant', 'One.'), ('user', 'x'), ('assistant', 'Two.')]  # fmt: skip
+  row = Row({'messages': [{'role': r, 'content': c} for r, c in turns]}, 'a:1')
+  made = tokenize_rows([row], 'mistral_v1', tokenizer, 99)
+  cfg = config.from_mapping({'model': {'path': 'm'}, 'data': {'path': 'd'}})
+  rows = arrange(cfg, [made], made, tokenizer)
+  [sample] = samples.choose(rows, 3)
+  assert (sample.prompt_text, sample.wanted) == ('[INST] Hi [/INST]', 'One.')
 
 
 def test_the_end_card_says_commands_that_run(finished):
