@@ -327,6 +327,9 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 def cli(argv: Sequence[str] | None = None) -> int:
   """Runs a verb; returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by whoever started us
+      setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115
   if argv and argv[0] in ('-h', '--help'):
     listing = '\n'.join(f'  {n:<8} {f.__doc__}' for n, f in VERBS.items())
     print(f'usage: lorax-train VERB [--help]\n\n{listing}')

@@ -83,7 +83,9 @@ def indices(name: str, text: str) -> tuple[int, ...]:
   """
   numbers = [i.strip() for i in text.split(',') if i.strip()]
   if not all(i.isdecimal() for i in numbers):
-    raise ValueError(f'{name} {text!r} is not indices such as 0,1,2')
+    raise ValueError(
+      f'{name} {text!r} is not numbers with commas, such as 0,1,2'
+    )
   return tuple(map(int, numbers))
 
 
@@ -112,11 +114,14 @@ def _several(
   cls: type, value: Any, where: str, problems: list[str]
 ) -> tuple[Any, ...]:
   """Sections in a tuple, or in the list that JSON makes of it."""
+  if value == ('',):  # what ml_collections makes of `--config.key=`
+    return ()
   if not isinstance(value, tuple | list) or any(
     not isinstance(each, Mapping) for each in value
   ):
     problems.append(
-      f"{where} is {value!r}, not a tuple of sections ({{'key': value}},)"
+      f"{where} is {value!r}, not a tuple of sections ({{'key': value}},): even"
+      ' one alone has a comma after it'
     )
     return ()
   return tuple(

@@ -293,11 +293,13 @@ def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
   """
   problems: list[str] = []
   cfg = build(TrainConfig, mapping, '', problems)
+  of_mixture = any(p.startswith('data.mixture') for p in problems)
   problems += [
     f'{name} is required'
     for name, value in {
       'model.path': cfg.model.path,
-      'data.path': cfg.data.path or cfg.data.mixture,
+      # A mixture is empty here where it is no tuple of sections.
+      'data.path': cfg.data.path or cfg.data.mixture or of_mixture,
       'run_dir': cfg.run_dir,
     }.items()
     if not value
@@ -347,7 +349,10 @@ def _data_problems(section: DataSection) -> list[str]:
   """What no single key of the section shows."""
   problems = []
   if section.path and section.mixture:
-    problems.append('data.path and data.mixture are both given: empty one')
+    problems.append(
+      'data.path and data.mixture are both given: empty one, as by'
+      ' --config.data.path='
+    )
   given = [
     (s.path, s.template) for s in (sources(section) if section.mixture else ())
   ]

@@ -81,9 +81,9 @@ def report(error: BaseException) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return IO_EXIT_CODE
   if isinstance(error, UserError):
-    print(one_line(error), file=sys.stderr)
+    print(_visible(one_line(error)), file=sys.stderr)
     return error.exit_code
-  print(f'input/output error: {one_line(error)}', file=sys.stderr)
+  print(f'input/output error: {_visible(one_line(error))}', file=sys.stderr)
   return IO_EXIT_CODE
 
 
@@ -107,6 +107,11 @@ def quiet() -> Iterator[None]:
     yield
   finally:
     logger.disabled = before
+
+
+def _visible(text: str) -> str:
+  """Names and data may hold what a terminal would obey: that is escaped."""
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _message(error: BaseException) -> str:

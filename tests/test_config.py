@@ -157,7 +157,16 @@ MISTAKES = [
 # (keys of data, what the line must hold)
 BAD_DATA = [
   ({'path': '', 'mixture': ()}, ['data.path is required']),
-  ({'mixture': MIXTURE}, ['data.path and data.mixture are both given']),
+  (
+    {'mixture': MIXTURE},
+    ['both given: empty one, as by --config.data.path='],
+  ),
+  # One alone without its comma, as ml_collections makes a tuple of it; a path
+  # is not what is missing.
+  (
+    {'path': '', 'mixture': ('path',)},
+    ['config: data.mixture is (', 'even one alone has a comma after it'],
+  ),
   ({'mixture': 'a.json'}, ["'a.json', not a tuple of sections"]),
   # ({'path': 'a'}) without its comma is what Python makes a dict's keys of.
   ({'mixture': ('path',)}, ["not a tuple of sections ({'key': value},)"]),
@@ -206,8 +215,8 @@ BAD_DATA = [
     ["data.mixture[1].path is 'a' with template 'alpaca' for a second time"],
   ),
   ({'buckets': '64', 'packing': True}, ['packing and data.buckets are both']),
-  ({'buckets': '64,x'}, ["data.buckets '64,x' is not indices"]),
-  ({'buckets': '64,-1'}, ["data.buckets '64,-1' is not indices"]),
+  ({'buckets': '64,x'}, ["data.buckets '64,x' is not numbers"]),
+  ({'buckets': '64,-1'}, ["data.buckets '64,-1' is not numbers"]),
   ({'buckets': '64,64'}, ["data.buckets '64,64' names a length twice"]),
   ({'buckets': '1,64'}, ['1 is not between 2 and max_length, 512']),
   ({'buckets': '64,513'}, ['513 is not between 2 and max_length, 512']),
@@ -236,6 +245,9 @@ def test_a_mixture_is_what_it_says_in_any_form():
   written = config.to_mapping(cfg)
   assert config.from_mapping(written) == cfg
   assert config.from_mapping(json.loads(json.dumps(written))) == cfg
+  # `--config.data.mixture=` empties it, as `--config.data.path=` does a path.
+  none = mapping(**{'data.path': 'a', 'data.mixture': ('',)})
+  assert config.from_mapping(none).data.mixture == ()
 
 
 @pytest.mark.parametrize(
@@ -363,10 +375,10 @@ BAD_SPECS = [
   ({'rank_pattern': '(q=4'}, 'no regular expression'),
   ({'alpha_pattern': 'q_proj=x'}, "'q_proj=x' is not REGEX=float"),
   ({'alpha_pattern': 'q_proj=nan'}, "'q_proj=nan' is not REGEX=float"),
-  ({'layers_to_transform': '0,x'}, "'0,x' is not indices"),
-  ({'layers_to_transform': '-1'}, "'-1' is not indices"),
+  ({'layers_to_transform': '0,x'}, "'0,x' is not numbers"),
+  ({'layers_to_transform': '-1'}, "'-1' is not numbers"),
   ({'modules_to_save': '.*norm'}, "'.*norm' is no list of names"),
-  ({'trainable_token_indices': '7,x'}, "'7,x' is not indices"),
+  ({'trainable_token_indices': '7,x'}, "'7,x' is not numbers"),
   ({'trainable_token_indices': '7,7'}, 'no list of different token ids'),
   (
     {'layers_to_transform': '0', 'targets': 'all-linear'},

@@ -683,6 +683,7 @@ def test_what_a_finished_run_leaves(trained):
     (errors.ModelError(ValueError('inner')), 4, 'inner'),
     (errors.ResumeError('c'), 5, 'c'),
     (errors.StoppedError('d'), 75, 'd'),
+    (errors.DataError('é \x1b[2J\u202e\udcff'), 3, 'é \\x1b[2J\\u202e\\udcff'),
     (OSError(28, 'No space left'), 74, 'input/output error: [Errno 28] No space left'),
     (FileNotFoundError(2, 'No such file', 'x'), 74, "input/output error: [Errno 2] No such file: 'x'"),
   ],
@@ -756,6 +757,27 @@ def test_a_reader_that_has_had_enough(tiny_model, tmp_path):
   error = done.stderr.read()
   done.stderr.close()
   assert (done.wait(timeout=60), error) == (74, '')
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-'])
+def test_a_stream_that_is_closed(closed, tiny_model, tmp_path):
+  data = tmp_path / 'rows.jsonl'
+  data.write_text('{"text": "a"}\n')
+  verb = [sys.executable, '-m', 'lorax_train', 'data', '--json', '--rows', '0']
+  of = ['--model', tiny_model, '--data', data, '--template', 'text']
+  # The cache can't be written to, and that is told on stderr.
+  done = subprocess.run(
+    ['sh', '-c', f'exec "$@" {closed}', 'sh', *verb, *of],
+    capture_output=True,
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'XDG_CACHE_HOME': data},
+    check=False,
+  )
+  assert done.returncode == 0
+  if closed == '>&-':
+    assert done.stderr.startswith(b'tokenised rows are not kept: ')
+    assert done.stderr.count(b'\n') == 1
+  else:
+    assert json.loads(done.stdout)['rows']['read'] == 1
 
 
 def test_a_process_fails_in_one_line(tmp_path):

@@ -9,7 +9,7 @@ upgrade must not reorder the data of a run that is resumed.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from lorax_train.errors import DataError
 HELD_OUT, EPOCH, SOURCE, BLOCK, BATCHES = range(5)
 
 EMPTY = -1  # in place of a row: nothing but padding
+
+Walk = Callable[[int, int], np.ndarray]  # (begin, count) -> numbers of rows
 
 
 def split_held_out(
@@ -53,7 +55,7 @@ def split_held_out(
 def row_order(
   n_rows: int, seed: int, epoch: int, source: int | None = None
 ) -> np.ndarray:
-  """The order of the rows in one epoch: a permutation, read-only.
+  """The order of the rows in one epoch: a permutation.
 
   Args:
     n_rows: how many there are.
@@ -62,34 +64,34 @@ def row_order(
     source: of several sources which, each has orders of its own.
   """
   if source is None:
-    return _permutation(n_rows, seed, EPOCH, epoch)
-  return _permutation(n_rows, seed, SOURCE, epoch, source)
+    return shuffled(n_rows, seed, EPOCH, epoch)
+  return shuffled(n_rows, seed, SOURCE, epoch, source)
 
 
-def rows_between(
-  begin: int, count: int, n_rows: int, seed: int, source: int | None = None
-) -> np.ndarray:
-  """`count` rows from position `begin` on, epoch after epoch: int64 [count].
+def walk_of(n_rows: int, seed: int, source: int | None = None) -> Walk:
+  """A walk through the rows, epoch after epoch, each in its `row_order`.
 
-  Epochs follow each other without a gap, each in its `row_order`.
+  Epochs follow each other without a gap: a batch may hold the end of one and
+  the start of the next, so no row is left out. A set smaller than a batch
+  repeats within it.
   """
-  rows = [np.zeros(0, np.int64)]
-  while count:
-    epoch, offset = divmod(begin, n_rows)
-    part = row_order(n_rows, seed, epoch, source)[offset : offset + count]
-    rows.append(part)
-    begin += len(part)
-    count -= len(part)
-  return np.concatenate(rows)
 
+  # A walk's own, or many sources would push out one another's orders: the epoch
+  # it is in, and at a border the next.
+  @functools.lru_cache(maxsize=2)
+  def order(epoch: int) -> np.ndarray:
+    return row_order(n_rows, seed, epoch, source)
 
-def rows_at(step: int, n_rows: int, global_batch: int, seed: int) -> np.ndarray:
-  """Rows of the batch at `step`, counted from 0: int64 [global_batch].
+  def walk(begin: int, count: int) -> np.ndarray:
+    rows = [np.zeros(0, np.int64)]
+    while count:
+      epoch, offset = divmod(begin, n_rows)
+      rows.append(order(epoch)[offset : offset + count])
+      begin += len(rows[-1])
+      count -= len(rows[-1])
+    return np.concatenate(rows)
 
-  A batch may hold the end of one epoch and the start of the next, so no row
-  is left out. A set smaller than a batch repeats within it.
-  """
-  return rows_between(step * global_batch, global_batch, n_rows, seed)
+  return walk
 
 
 def part_of(rows_AB: np.ndarray, index: int, count: int) -> np.ndarray:
@@ -245,12 +247,3 @@ def shuffled(n: int, seed: int, stream: int, *numbers: int) -> np.ndarray:
   bits = np.random.Philox(np.random.SeedSequence([seed, stream, *numbers]))
   # stable: should two draws be equal, their order is still the same everywhere
   return np.argsort(bits.random_raw(n), kind='stable')
-
-
-# A step needs the epoch it is in, and at a border the next, of each source:
-# more are kept for sets smaller than a batch, and so that sets can take turns.
-@functools.lru_cache(maxsize=32)
-def _permutation(n_rows: int, *key: int) -> np.ndarray:
-  order = shuffled(n_rows, *key)
-  order.setflags(write=False)
-  return order

@@ -9,13 +9,11 @@ order stays a pure function of (seed, step, global batch).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from lorax_train.data.batches import BATCHES, EMPTY, shuffled
-
-Walk = Callable[[int, int], np.ndarray]  # (begin, count) -> numbers of rows
+from lorax_train.data.batches import BATCHES, EMPTY, Walk, shuffled
 
 
 def bounds_for(

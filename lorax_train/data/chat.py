@@ -57,7 +57,7 @@ def encode_conversations(
   with _template(name, tokenizer) as template:
     reader = _Reader(template, name, tokenizer)
     for part in in_parts(rows):
-      chats = [caught(reader.chat, row.fields) for row in part]
+      chats = [caught(reader.chat, row) for row in part]
       good = [c for c in chats if not isinstance(c, RowError)]
       located = iter(tokenizer.encode_chat([c.text for c in good]))
       for row, chat in zip(part, chats, strict=True):
@@ -141,8 +141,19 @@ class _Reader:
     self._spelled = {mark: token for token, mark in self._marks.items()}
     self._marked = spelling([*tokenizer.special, *self._spelled])
 
-  def chat(self, fields: Mapping[str, Any]) -> _Chat:
-    """What a row is as a text, or as pieces where it spells special tokens."""
+  def chat(self, row: Row) -> _Chat:
+    """What a row is as a text, or as pieces where it spells special tokens.
+
+    Raises:
+      RowError: the row or the template can't be used for it.
+      ModelError: the template is no good, with the place of the row.
+    """
+    try:
+      return self._chat(row.fields)
+    except ModelError as error:
+      raise ModelError(f'{row.where}: {error}') from error
+
+  def _chat(self, fields: Mapping[str, Any]) -> _Chat:
     conversation = conversation_lib.read(fields, self._name)
     self._check_tools(conversation)
     texts = [*texts_of(conversation.messages), *texts_of(conversation.tools)]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 from lorax_train.data.problems import RowError, one_line, shorten
 from lorax_train.errors import ModelError
 
-_WORKER = Path(__file__).with_name('jinja_worker.py')
+# -P: the worker's folder has a tokenize.py, as the standard library has.
+_WORKER = ['-P', str(Path(__file__).with_name('jinja_worker.py'))]
 
 
 class Rendered(NamedTuple):
@@ -47,9 +48,8 @@ class ChatTemplate:
 
   def __init__(self, source: str, names: Mapping[str, str], where: str):
     self._where = where
-    # -P: the worker's folder has a tokenize.py, as the standard library has.
     self._process = subprocess.Popen(
-      [sys.executable, '-P', str(_WORKER)],
+      [sys.executable, *_WORKER],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       stderr=subprocess.DEVNULL,
@@ -90,6 +90,28 @@ class ChatTemplate:
   ) -> None:
     self.close()
 
+  def _ended(self) -> ModelError:
+    """Why the process is no more: its limits, or nothing can run as it does."""
+    status = self._process.wait()
+    idle = subprocess.run(
+      [sys.executable, *_WORKER],
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      check=False,
+    )
+    if idle.returncode:
+      said = idle.stderr.decode('utf-8', 'replace').strip().rpartition('\n')[2]
+      return ModelError(
+        f'{self._where}: {sys.executable} can not run what renders it'
+        f' ({shorten(one_line(said), 120)}); mend its jinja2, or what stands in'
+        ' PYTHONPATH'
+      )
+    return ModelError(
+      f'{self._where}: rendering it ended the process it ran in (exit status'
+      f' {status}): it takes too long or too much memory; use the template of'
+      ' a model you trust'
+    )
+
   def _ask(self, asked: dict[str, Any]) -> dict[str, Any]:
     data = json.dumps(asked).encode()
     assert self._process.stdin and self._process.stdout
@@ -101,11 +123,7 @@ class ChatTemplate:
     except BrokenPipeError:
       head = body = b''
     if not body:
-      raise ModelError(
-        f'{self._where}: rendering it ended the process it ran in (exit status'
-        f' {self._process.wait()}): it takes too long or too much memory; use'
-        ' the template of a model you trust'
-      )
+      raise self._ended()
     answer = json.loads(body)
     if 'error' not in answer:
       return answer

@@ -9,6 +9,7 @@ A directory of them holds, little-endian and without any header:
     places.i8   int64: where each of those ends, in bytes
 """
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ _FILES = {
   'where.txt': '<u1',
   'places.i8': '<i8',
 }
+_NAMES = 'surrogateescape'  # names of files need not be UTF-8
 
 
 class Ragged(Sequence[np.ndarray]):
@@ -70,7 +72,7 @@ class Texts(Sequence[str]):
   def __getitem__(self, index):
     if isinstance(index, slice):
       return [self[i] for i in range(*index.indices(len(self)))]
-    return self._encoded[index].tobytes().decode('utf-8')
+    return self._encoded[index].tobytes().decode('utf-8', _NAMES)
 
 
 class Columns(NamedTuple):
@@ -101,7 +103,7 @@ class Writer:
 
   def append(self, ids: np.ndarray, labels: np.ndarray, where: str) -> None:
     """One row: its ids and labels, int32 [T], and its place."""
-    place = where.encode('utf-8')
+    place = where.encode('utf-8', _NAMES)
     self._n_tokens += len(ids)
     self._n_bytes += len(place)
     numbers = ids.astype('<i4').tobytes(), labels.astype('<i4').tobytes()
@@ -132,9 +134,10 @@ class Writer:
     ])  # fmt: skip
 
   def close(self) -> None:
-    """Closes the files."""
-    for stream in self._streams:
-      stream.close()
+    """Closes the files, all of them though one can't be."""
+    with contextlib.ExitStack() as stack:
+      for stream in self._streams:
+        stack.callback(stream.close)
 
 
 def mapped(folder: Path) -> Columns:

@@ -27,6 +27,10 @@ _ROLES = {
 }
 
 
+# The keys of both layouts: those of the other one say nothing.
+_OWN = ('role', 'content', 'from', 'value')
+
+
 class Conversation(NamedTuple):
   """Messages up to the last of the assistant's.
 
@@ -64,7 +68,7 @@ def read(fields: Mapping[str, Any], template: str = 'chat') -> Conversation:
   answers = [n for n, m in enumerate(messages) if m['role'] == 'assistant']
   if not answers:
     raise RowError('no assistant message')
-  tools = fields.get('tools')
+  tools = _plain(fields.get('tools'))
   if tools is not None and not isinstance(tools, list):
     raise RowError("column 'tools' is not a list", type(tools).__name__)
   _check_texts("column 'tools'", tools)
@@ -133,7 +137,7 @@ def _message(n: int, value: Any, strict: bool) -> dict[str, Any]:
   if not isinstance(content, str):
     kind = 'null' if content is None else type(content).__name__
     raise RowError(f"a message's {keys[1]} is not a string", f'{where}: {kind}')
-  others = {k: v for k, v in given.items() if k not in ('content', 'value')}
+  others = {k: _plain(v) for k, v in given.items() if k not in _OWN}
   message = {'role': _ROLES[role], 'content': content, **others}
   if others.get('weight', 1) != 1:
     raise RowError(
@@ -145,6 +149,16 @@ def _message(n: int, value: Any, strict: bool) -> dict[str, Any]:
   ):
     raise RowError('an empty assistant message', where)
   return message
+
+
+def _plain(value: Any) -> Any:
+  """A value as JSON has it; what Arrow has besides, such as dates, as text."""
+  if isinstance(value, Mapping):
+    return {str(key): _plain(inner) for key, inner in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(inner) for inner in value]
+  known = value is None or isinstance(value, (str, int, float))
+  return value if known else str(value)
 
 
 def _check_texts(where: str, value: Any) -> None:

@@ -1,6 +1,5 @@
 """What a row becomes, and what can be wrong with it."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +9,7 @@ from lorax_train.data.rows import Row
 NO_LOSS = -100  # the label transformers and torch leave out of the loss
 
 _PART = 1024  # rows encoded at once: keeps all cores busy, and memory small
+_CHARACTERS = 2**22  # in that many the rows of a part are fewer
 _T = TypeVar('_T')
 
 
@@ -29,11 +29,36 @@ class Encoded(NamedTuple):
   merged: bool = False
 
 
-def in_parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
-  """Rows some at a time, to be encoded together."""
-  rows = iter(rows)
-  while part := list(itertools.islice(rows, _PART)):
+def in_parts(rows: Iterable[Row], most: int = _PART) -> Iterator[list[Row]]:
+  """Rows some at a time, to be encoded together.
+
+  No more than `most`, and no further one once there is much text.
+  """
+  part: list[Row] = []
+  size = 0
+  for row in rows:
+    part.append(row)
+    size += _characters(row.fields)
+    if len(part) == most or size >= _CHARACTERS:
+      yield part
+      part, size = [], 0
+  if part:
     yield part
+
+
+def _characters(fields: dict[str, Any]) -> int:
+  """Of all strings in a row, however deep."""
+  found = 0
+  waiting: list[Any] = [fields]
+  while waiting:
+    value = waiting.pop()
+    if isinstance(value, str):
+      found += len(value)
+    elif isinstance(value, dict):
+      waiting += value.values()
+    elif isinstance(value, list):
+      waiting += value
+  return found
 
 
 def caught(function: Callable[..., _T], *args: Any) -> _T | RowError:
@@ -42,3 +67,5 @@ def caught(function: Callable[..., _T], *args: Any) -> _T | RowError:
     return function(*args)
   except RowError as error:
     return error
+  except RecursionError:  # of a row that JSON's own parser just managed
+    return RowError('nested too deep')

@@ -55,8 +55,7 @@ def files_of(name: str, split: str) -> list[File]:
   except Exception as error:
     raise DataError(
       f'{name}[{split}]: not to be had from the Hugging Face hub'
-      f' ({_cause(refusal or error)}); pass a local file:'
-      ' --config.data.path=FILE.json'
+      f' ({_cause(refusal or error)}); pass a local file as --config.data.path'
     ) from error
   finally:
     datasets.config.HF_HUB_OFFLINE = offline

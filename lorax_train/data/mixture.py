@@ -20,7 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from lorax_train.data.batches import BLOCK, rows_between, shuffled
+from lorax_train.data.batches import BLOCK, shuffled, walk_of
 from lorax_train.data.joined import starts_of
 
 BLOCK_SIZE = 1024
@@ -79,13 +79,14 @@ class Mixture:
 
   def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int):
     """Sources of so many rows or packs, drawn in proportion to `weights`."""
-    self._sizes, self._parts = sizes, shares(weights)
-    self._starts, self._seed = starts_of(sizes), seed
-    self._drawn = [(0,) * len(sizes)]
+    self._parts, self._seed = shares(weights), seed
+    self._starts = starts_of(sizes)
+    self._walks = [walk_of(size, seed, s) for s, size in enumerate(sizes)]
     # After so many blocks every share is a whole number: it begins anew.
     whole = sum(self._parts)
     self._period = whole // math.gcd(whole, BLOCK_SIZE)
-    self._block = functools.lru_cache(maxsize=8)(self._make_block)
+    self._last = 0, (0,) * len(sizes)
+    self._block = functools.lru_cache(maxsize=64)(self._make_block)
 
   def between(self, begin: int, count: int) -> np.ndarray:
     """`count` draws from position `begin` on: int64 [count]."""
@@ -97,15 +98,26 @@ class Mixture:
   def drawn(self, blocks: int) -> tuple[int, ...]:
     """How many draws of so many blocks are each source's."""
     rounds, rest = divmod(blocks, self._period)
-    whole = sum(self._parts)
-    while len(self._drawn) <= rest:
-      total = len(self._drawn) * BLOCK_SIZE
-      self._drawn.append(apportion(total, self._parts, self._drawn[-1]))
-    of_round = self._period * BLOCK_SIZE // whole
+    of_round = self._period * BLOCK_SIZE // sum(self._parts)
     return tuple(
       rounds * of_round * part + drawn
-      for part, drawn in zip(self._parts, self._drawn[rest], strict=True)
+      for part, drawn in zip(
+        self._parts, self._drawn_in_round(rest), strict=True
+      )
     )
+
+  def _drawn_in_round(self, blocks: int) -> tuple[int, ...]:
+    nothing = (0,) * len(self._parts)
+    if min(self._parts) * BLOCK_SIZE >= sum(self._parts):
+      # All are due a draw a block: none is still ahead from an earlier one.
+      return apportion(blocks * BLOCK_SIZE, self._parts, nothing)
+    at, drawn = self._last
+    if at > blocks:
+      at, drawn = 0, nothing
+    for block in range(at + 1, blocks + 1):
+      drawn = apportion(block * BLOCK_SIZE, self._parts, drawn)
+    self._last = blocks, drawn
+    return drawn
 
   def _make_block(self, block: int) -> np.ndarray:
     before, after = self.drawn(block), self.drawn(block + 1)
@@ -113,8 +125,8 @@ class Mixture:
     source_of = np.repeat(np.arange(len(counts)), counts)
     source_of = source_of[shuffled(BLOCK_SIZE, self._seed, BLOCK, block)]
     draws = np.zeros(BLOCK_SIZE, np.int64)
-    for s, size in enumerate(self._sizes):
-      own = rows_between(before[s], int(counts[s]), size, self._seed, s)
+    for s, walk in enumerate(self._walks):
+      own = walk(before[s], int(counts[s]))
       draws[source_of == s] = self._starts[s] + own
     draws.setflags(write=False)
     return draws

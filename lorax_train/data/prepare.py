@@ -1,5 +1,6 @@
 """From a path to tokenised rows, by way of the cache."""
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -9,11 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from lorax_train.data import cache, source, template, tokenize, tokenized
+from lorax_train.data import (
+  cache,
+  source,
+  stream,
+  template,
+  tokenize,
+  tokenized,
+)
+from lorax_train.data.encoded import in_parts
 from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import DataError
 
-# Rows on which two tokenizer files of a model must agree before training.
+# Rows on which two tokenizer files of a model must agree before training; fewer
+# of long ones.
 _PREFLIGHT_ROWS = 200
 
 
@@ -58,10 +68,18 @@ def prepare(
     OSError: disk full.
   """
   files = source.files_of(path)
+  # The key is of what the files are now: of others nothing may be kept.
+  found = [stream.check(file) for file in files]
 
   def make(folder: Path) -> TokenizedSet:
+    with contextlib.ExitStack() as stack:
+      for file, state in zip(files, found, strict=True):
+        stack.enter_context(stream.unchanged(file, state))
+      return tokenise(folder)
+
+  def tokenise(folder: Path) -> TokenizedSet:
     rows = source.iter_rows(files)
-    first = list(itertools.islice(rows, _PREFLIGHT_ROWS))
+    first = next(in_parts(rows, _PREFLIGHT_ROWS), [])
     if not first:
       raise DataError(f'{path}: no rows; pass a file that has some')
     if tokenizer is not None:
@@ -85,7 +103,13 @@ def prepare(
     'files': source.fingerprint(files),
     'template': template_name,
     'tokenizer': tokenizer
-    and [tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id],
+    and [
+      tokenizer.fingerprint,
+      # some of them may be named in the model's config.json alone
+      tokenizer.bos_id,
+      tokenizer.eos_id,
+      dict(tokenizer.names),
+    ],
     'options': dataclasses.astuple(options),
   }
   return cache.tokenized_once(cache_root(), made_of, make, _say)
@@ -125,18 +149,19 @@ class Progress:
       return
     self._next = now + self._every
     speed = tokens / (now - self._began)
-    text = (
-      f'tokenising {self._path}: {rows:,} rows, {tokens:,} tokens,'
-      f' {speed:,.0f} tokens/s'
-    )
-    self._show(text)
+    text = f'{rows:,} rows, {tokens:,} tokens, {speed:,.0f} tokens/s'
+    self._show(f'tokenising {self._path}: ', text)
 
   def __exit__(self, *error: object) -> None:
     if self._live and self._shown:
-      self._show('')
+      self._show('', '')
 
-  def _show(self, text: str) -> None:
+  def _show(self, what: str, how_far: str) -> None:
+    text = what + how_far
     if self._live:
+      # A line that the terminal breaks can't be written over.
+      room = _columns(self._out) - 1
+      text = text if len(text) <= room else how_far[:room]
       # What was there goes away, for the lines that follow.
       padded = f'{text:<{len(self._shown)}}'
       self._out.write(f'\r{padded}' if text else f'\r{padded}\r')
@@ -144,3 +169,11 @@ class Progress:
       self._out.write(text + '\n')
     self._shown = text
     self._out.flush()
+
+
+def _columns(terminal: IO[str]) -> int:
+  try:
+    # Of a terminal that does not know, 0.
+    return os.get_terminal_size(terminal.fileno()).columns or 80
+  except (OSError, ValueError):
+    return 80

@@ -15,6 +15,7 @@ from lorax_train.data.encode import NO_LOSS
 from lorax_train.data.joined import RowSet
 
 _CHUNK = 4096  # rows
+_TOKENS = 2**20  # of a chunk, unless a single row has more
 _BINS = 10
 _ROUND = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)  # widths of bins, times 10^k
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
@@ -55,9 +56,15 @@ class Chunk(NamedTuple):
 def chunks(
   tokenized: RowSet, rows: np.ndarray, size: int = _CHUNK
 ) -> Iterator[Chunk]:
-  """The rows of a set in their order, `size` at a time."""
-  for begin in range(0, len(rows), size):
-    part = rows[begin : begin + size]
+  """The rows of a set in their order, `size` at a time, or fewer long ones."""
+  totals = np.cumsum(tokenized.lengths[rows])
+  begin = 0
+  while begin < len(rows):
+    before = totals[begin - 1] if begin else 0
+    fit = int(np.searchsorted(totals, before + _TOKENS, 'right'))
+    end = min(max(fit, begin + 1), begin + size)
+    part = rows[begin:end]
+    begin = end
     ids = [np.asarray(tokenized.ids[i]) for i in part]
     lengths = np.array([len(row) for row in ids], np.int64)
     labels = np.concatenate([tokenized.labels[i] for i in part])
@@ -108,6 +115,8 @@ def leaks(
   eval_rows: np.ndarray,
 ) -> Repeats:
   """Those of `eval_rows` that are among `train_rows` as well."""
+  if not len(eval_rows):
+    return Repeats(eval_rows, train_rows[:0])
   n = len(train_rows)
   both = [_digests(train_set, train_rows), _digests(eval_set, eval_rows)]
   first = _first_alike(np.concatenate(both))[n:]

@@ -36,15 +36,17 @@ _NO_TEXT = (
 )
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
+  """What a file is told from a changed one by."""
+
   device: int
   inode: int
   size: int
   changed: int
 
 
-def check(file: File) -> _State:
-  """What tells a file from a changed one.
+def check(file: File) -> State:
+  """How a file is now.
 
   Raises:
     DataError: it can't be looked at, or is no file but a pipe or the like.
@@ -58,7 +60,7 @@ def check(file: File) -> _State:
       f'{file.path}: is {_kind(found.st_mode)}, and data is read more than'
       ' once; write it to a file'
     )
-  return _State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+  return State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _kind(mode: int) -> str:
@@ -87,12 +89,16 @@ def unreadable(error: Exception, local: Path, path: str) -> DataError:
 
 
 @contextlib.contextmanager
-def unchanged(file: File) -> Iterator[None]:
+def unchanged(file: File, before: State | None = None) -> Iterator[None]:
   """Refuses a file that is not, after the block, what it was before.
 
   Whatever is found wrong within the block is then no news.
+
+  Args:
+    file: the file.
+    before: how it was; None for how it is when the block begins.
   """
-  before = check(file)
+  before = before or check(file)
 
   def compare() -> None:
     if before != check(file):

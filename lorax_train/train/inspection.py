@@ -150,7 +150,8 @@ def run_text(facts: Facts) -> str:
       f' targets {lora["targets"]}{_besides(lora)}'
     ),
     'steps': (
-      f'{train["steps"]} of {train["batch_size"] * train["grad_accum"]} rows,'
+      f'{train["steps"]} of {train["batch_size"] * train["grad_accum"]}'
+      f' {"packs" if data["packing"] else "rows"},'
       f' learning rate {train["learning_rate"]:g}, {train["schedule"]}, seed'
       f' {train["seed"]}'
     ),

@@ -213,10 +213,11 @@ def _train(
   steps, start = cfg.train.steps, int(state.step)
   schedule = optim.make_schedule(setup.optim_config(cfg))
   pending: list[tuple[dict[str, jax.Array], int]] = []
-  saved, waited, began = start, 0.0, time.monotonic()
+  saved = start
 
   if start == 0:
     look(0, state.trainable)
+  waited, began = 0.0, time.monotonic()
   for at in range(start + 1, steps + 1):
     # A stop asked for after the last step's own look at it takes one more
     # step, which is then saved.

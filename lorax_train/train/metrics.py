@@ -35,9 +35,10 @@ class MetricsLog:
     text = ''.join(json.dumps(line) + '\n' for line in self.lines)
     write_atomically(run_dir / FILE, text)
     self._file = open(run_dir / FILE, 'a', encoding='utf-8')  # noqa: SIM115
-    # TensorBoard then forgets the later steps of the run that was cut off.
+    # TensorBoard then forgets the later steps of the run that was cut off, or
+    # where there was no checkpoint all of them, the look before the first too.
     self._board = SummaryWriter(
-      str(run_dir / BOARD), purge_step=resumed_at + 1 if resumed_at else None
+      str(run_dir / BOARD), purge_step=resumed_at and resumed_at + 1
     )
 
   def write(self, step: int, **values: Any) -> None:

@@ -7,11 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax_train.data import soundness, statistics, tokenized
+from lorax_train.data import (
+  conversation,
+  mistral_chat,
+  soundness,
+  statistics,
+  tokenized,
+)
 from lorax_train.data.joined import RowSet
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.data.tokenized import TokenizedSet
-from lorax_train.errors import DataError
+from lorax_train.errors import DataError, ModelError
+from lorax_train.infer import complete
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import dataview
 from lorax_train.train.rows import Rows
@@ -73,6 +80,7 @@ def checks(
     sets.append((rows.eval_set, rows.eval_rows))
   yield from _ids(rows, model_cfg)
   yield from _looked_through(sets, model_dir, rows.tokenizer, cut_at)
+  yield from _unheeded(sets, model_dir, rows.tokenizer)
   yield from _spelled(rows)
   yield from _repeated(rows)
 
@@ -131,10 +139,12 @@ def _looked_through(
   bos = dataview.bos_id(model_dir, tokenizer, ends)
   fillers = [*ends, *([tokenizer.pad_id] if tokenizer else [])]
   found = [soundness.suspects(s, rows, ends, bos, fillers) for s, rows in sets]
+  n_open = sum(len(f.no_end) for f in found)
   found = [
     f._replace(no_end=_whole(s, f.no_end, cut_at))
     for f, (s, _) in zip(found, sets, strict=True)
   ]
+  n_cut = n_open - sum(len(f.no_end) for f in found)
   total = sum(len(rows) for _, rows in sets)
 
   def told(kind: str) -> tuple[int, str]:
@@ -161,7 +171,10 @@ def _looked_through(
       ' model would not learn to stop: let input_ids and labels end with it',
     )
   else:
-    yield Check('EOS', OK, f'learned at the end of all {total:,} rows')
+    whole = ' whose end was not cut' if n_cut else ''
+    yield Check(
+      'EOS', OK, f'learned at the end of all {total - n_cut:,} rows{whole}'
+    )
 
   n, where = told('two_bos')
   inner, inner_where = told('inner_bos')
@@ -211,6 +224,41 @@ def _looked_through(
     yield Check('padding', OK, 'none among the ids')
 
 
+def _unheeded(
+  sets: Sequence[tuple[RowSet, np.ndarray]],
+  model_dir: Path,
+  tokenizer: Tokenizer | None,
+) -> Iterator[Check]:
+  """Ends that are learned, and that generation would go on after."""
+  if tokenizer is None:
+    return
+  ends = dataview.end_ids(model_dir, tokenizer)
+  try:
+    stops = complete.stop_ids(model_dir, tokenizer)
+  except ModelError:  # a file that is told of where it is needed
+    return
+  more = sorted({*ends} - {*stops})
+  if not more:
+    return
+  n, first = 0, []
+  for one, rows in sets:
+    unheeded = np.setdiff1d(
+      statistics.without_end(one, rows, stops),
+      statistics.without_end(one, rows, ends),
+    )
+    n += len(unheeded)
+    first += dataview.places(one, unheeded)
+  if n:
+    named = ' or '.join(f'{tokenizer.piece(i)} ({i})' for i in more)
+    yield Check(
+      'EOS',
+      WARN,
+      f'{n:,} rows, first {", ".join(first[:5])}, end with {named}, at which'
+      ' generation does not stop: name it as eos_token_id in'
+      ' generation_config.json',
+    )
+
+
 def _whole(
   tokenized_set: RowSet, rows: np.ndarray, cut_at: int | None
 ) -> np.ndarray:
@@ -231,12 +279,14 @@ def _spelled(rows: Rows) -> Iterator[Check]:
   if rows.tokenizer is None:
     yield Check('spelling', SKIPPED, 'needs a tokenizer')
     return
+  own = _own_spellings(rows, rows.tokenizer)
   found: dict[str, str] = {}
   searched = rows.train_rows[:_SEARCHED]
   for i in searched:
     ids = rows.train_set.ids[i].tolist()
     for name in _SPELLED.findall(rows.tokenizer.decode(ids)):
-      found.setdefault(name, rows.train_set.where[i])
+      if name not in own:
+        found.setdefault(name, rows.train_set.where[i])
   if found:
     listed = ', '.join(f'{name} ({at})' for name, at in found.items())
     yield Check(
@@ -249,6 +299,16 @@ def _spelled(rows: Rows) -> Iterator[Check]:
       f'no special token is spelled out in the first {len(searched):,} rows'
     )
     yield Check('spelling', OK, told)
+
+
+def _own_spellings(rows: Rows, tokenizer: Tokenizer) -> set[str]:
+  """What is no slip: a chat format's own words, and what is read as a token."""
+  named = {source.source.template for source in rows.sources}
+  texts = ['[INST] [/INST]'] if mistral_chat.V1 in named else []
+  if named & {'chat', conversation.SHAREGPT}:
+    texts.append(tokenizer.chat_template or '')
+  own = {name for text in texts for name in _SPELLED.findall(text)}
+  return (own | tokenizer.added.keys()) - tokenizer.special.keys()
 
 
 def _repeated(rows: Rows) -> Iterator[Check]:

@@ -1,6 +1,7 @@
 """The rows of a run, and its batches on the mesh: a function of the step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import Source, TrainConfig
 from lorax_train.data import batches, buckets, mixture, packing
-from lorax_train.data.buckets import Buckets, Walk
+from lorax_train.data.batches import Walk
+from lorax_train.data.buckets import Buckets
 from lorax_train.data.joined import Joined, RowSet
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.data.tokenized import TokenizedSet
@@ -211,7 +213,7 @@ def arrange(
 def _walk(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Walk:
   if len(sizes) > 1:
     return mixture.Mixture(sizes, weights, seed).between
-  return lambda begin, count: batches.rows_between(begin, count, sizes[0], seed)
+  return batches.walk_of(sizes[0], seed)
 
 
 def _buckets(
@@ -242,25 +244,48 @@ def _split(
     n_rows = len(rows.lengths)
     n_held = min(wanted[s], n_rows // 10)
     split.append(batches.split_held_out(n_rows, n_held, cfg.train.seed, s))
-  paths = [source.path for source in sources]
+  shared = _read_twice([source.path for source in sources])
   gone = {
-    (path, rows.where[i])
-    for path, rows, (_, held) in zip(paths, tokenised, split, strict=True)
-    if paths.count(path) > 1
+    place(rows.where[i])
+    for place, rows, (_, held) in zip(shared, tokenised, split, strict=True)
+    if place
     for i in held
   }
   out = []
-  for path, rows, (train, held) in zip(paths, tokenised, split, strict=True):
-    if paths.count(path) > 1:
-      kept = [i for i in train.tolist() if (path, rows.where[i]) not in gone]
+  for source, place, rows, (train, held) in zip(
+    sources, shared, tokenised, split, strict=True
+  ):
+    if place:
+      kept = [i for i in train.tolist() if place(rows.where[i]) not in gone]
       train = np.array(kept, np.int64)
     if not len(train):
       raise DataError(
-        f'{path}: each of its rows is held out in another template; lower'
+        f'{source.path}: each of its rows is held out in another template; lower'
         f' eval.rows={cfg.eval.rows}, or name a file as --config.data.eval_path'
       )
     out.append((train, held))
   return out
+
+
+def _read_twice(given: Sequence[str]) -> list[Callable[[str], str] | None]:
+  """For each path, what makes of a row's place one however the path is spelt.
+
+  None where no other path holds any of its rows.
+  """
+  real = [Path(path).expanduser().resolve() for path in given]
+
+  def of(n: int) -> Callable[[str], str] | None:
+    # As it stands in places: a file as it was given, or in a directory's Path.
+    said = given[n] if real[n].is_file() else str(Path(given[n]))
+    others = real[:n] + real[n + 1 :]
+    if not any(
+      real[n] == other or real[n] in other.parents or other in real[n].parents
+      for other in others
+    ):
+      return None
+    return lambda where: str(real[n]) + where.removeprefix(said)
+
+  return [of(n) for n in range(len(given))]
 
 
 def _in_turn(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -271,7 +296,8 @@ def _in_turn(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def paths(cfg: TrainConfig) -> str:
   """Where the rows come from, in words."""
-  return ', '.join(s.path for s in config_lib.sources(cfg.data))
+  given = (s.path for s in config_lib.sources(cfg.data))
+  return ', '.join(dict.fromkeys(given))
 
 
 def templates(cfg: TrainConfig) -> str:
@@ -285,8 +311,16 @@ def epochs(cfg: TrainConfig, rows: Rows) -> list[float]:
   positions = cfg.train.steps * cfg.train.grad_accum * cfg.train.batch_size
   if rows.buckets and len(rows.sources) == 1:
     return [cfg.train.steps / rows.buckets.n_batches]
-  whole = sum(s.source.weight for s in rows.sources)
-  return [positions * s.source.weight / whole / s.n_items for s in rows.sources]
+  return [
+    positions * share / s.n_items
+    for share, s in zip(_shares(rows), rows.sources, strict=True)
+  ]
+
+
+def _shares(rows: Rows) -> list[float]:
+  """What part of all each source is; the sum of weights may be no float."""
+  parts = mixture.shares([s.source.weight for s in rows.sources])
+  return [part / sum(parts) for part in parts]
 
 
 def banner_lines(cfg: TrainConfig, rows: Rows) -> dict[str, str]:
@@ -294,16 +328,17 @@ def banner_lines(cfg: TrainConfig, rows: Rows) -> dict[str, str]:
   lines = {'data': summary(rows)}
   size = cfg.train.grad_accum * cfg.train.batch_size
   positions = cfg.train.steps * size
-  whole = sum(s.source.weight for s in rows.sources)
   kind = 'packs' if rows.packs else 'rows'
   of_sources = epochs(cfg, rows)
   if len(rows.sources) > 1:
     # All under one name, each on a line of its own.
     lines['sources'] = f'\n{"":<11}'.join(
-      f'{100 * s.source.weight / whole:.4g} % {s.source.path},'
+      f'{100 * share:.4g} % {s.source.path},'
       f' {s.source.template}: {s.rows.report.summary()}; {s.n_items:,} {kind}'
       f' an epoch, {n:,.2f} epochs'
-      for s, n in zip(rows.sources, of_sources, strict=True)
+      for s, share, n in zip(
+        rows.sources, _shares(rows), of_sources, strict=True
+      )
     )
   *others, longest = (f'{length}' for length in rows.lengths)
   lengths = f'{", ".join(others)} or {longest}' if others else longest

@@ -14,7 +14,7 @@ from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data import prepare, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
-from lorax_train.errors import ConfigError, ModelError
+from lorax_train.errors import ConfigError, DataError, ModelError
 from lorax_train.formats import peft
 from lorax_train.lora.matching import flat
 from lorax_train.models import params as params_lib
@@ -163,16 +163,21 @@ def read_rows(
     cfg.data.cache,
   )
 
-  def read(path: str, template: str) -> tokenized.TokenizedSet:
-    rows = prepare.prepare(path, template, tokenizer, options)
+  def read(path: str, template: str, key: str) -> tokenized.TokenizedSet:
+    try:
+      rows = prepare.prepare(path, template, tokenizer, options)
+    except DataError as error:
+      told = str(error).replace('--config.data.path', f'--config.data.{key}')
+      raise DataError(told) from error
     tokenized.check_ids(rows, model_cfg.vocab)
     return rows
 
   sources = config_lib.sources(cfg.data)
-  tokenised = [read(each.path, each.template) for each in sources]
+  key = 'mixture' if cfg.data.mixture else 'path'
+  tokenised = [read(each.path, each.template, key) for each in sources]
   eval_set = None
   if cfg.data.eval_path:
-    eval_set = read(cfg.data.eval_path, cfg.data.template)
+    eval_set = read(cfg.data.eval_path, cfg.data.template, 'eval_path')
   return arrange(cfg, tokenised, eval_set, tokenizer)
 
 

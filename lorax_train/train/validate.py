@@ -1,8 +1,8 @@
 """Whether `train` would start, and whether what it would learn is sound.
 
 Every check is made, whatever the others say; one that needs what another has
-found wrong is skipped. No weights are loaded, no device is touched, nothing is
-written. Whether the mesh fits the devices is left to `train`, which asks that
+found wrong is skipped. No weights are loaded, no device is touched, and nothing
+but the cache of rows is written. Whether the mesh fits the devices is left to `train`, which asks that
 before it loads anything.
 """
 

@@ -15,8 +15,8 @@ from lorax_train.data.batches import (
   BATCHES,
   EMPTY,
   row_order,
-  rows_between,
   shuffled,
+  walk_of,
 )
 from lorax_train.data.buckets import Buckets, bounds_for
 from lorax_train.data.mixture import Mixture
@@ -24,10 +24,7 @@ from lorax_train.data.mixture import Mixture
 
 def buckets_of(lengths, bounds, global_batch, seed=3):
   lengths = np.array(lengths)
-
-  def walk(begin, count):
-    return rows_between(begin, count, len(lengths), seed)
-
+  walk = walk_of(len(lengths), seed)
   return Buckets(walk, lengths, bounds, global_batch, seed)
 
 

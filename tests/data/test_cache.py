@@ -2,9 +2,11 @@
 looking at the directory."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -17,6 +19,7 @@ from lorax_train.errors import DataError
 
 from .toys import lists, rows_of
 
+ROWS_OF_A_PAGE = [{'text': 'c' * 90}] * 50
 ROWS = rows_of(*({'text': 'ab' * n + 'c'} for n in range(1, 40)))
 
 
@@ -111,12 +114,24 @@ def test_damage_is_seen_and_mended(kept, name, how):
   assert as_told(kept()) == before and kept.made == 2
 
 
-@pytest.mark.parametrize('text', ['', '{}', '[]', '{"sha256": 1}', 'x'])
+@pytest.mark.parametrize(
+  'text', ['', '{}', '[]', '{"sha256": 1}', 'x', '[' * 100_000]
+)
 def test_damaged_meta(kept, text):
   before = as_told(kept())
   kept.files()['meta.json'].write_text(text)
   assert as_told(kept()) == before
   assert kept.made == 2
+
+
+@pytest.mark.parametrize('digit', ['"rows_kept": 39', '"fingerprint": "'])
+def test_a_digit_of_meta_is_damage_too(kept, digit):
+  before = as_told(kept())
+  path = kept.files()['meta.json']
+  text = path.read_text()
+  assert text.count(digit) == 1
+  path.write_text(text.replace(digit, digit.replace('39', '38') + '0'))
+  assert as_told(kept()) == before and kept.made == 2
 
 
 def test_what_a_killed_run_left_is_cleared(kept):
@@ -134,11 +149,21 @@ def test_bad_rows_leave_nothing(kept):
 
 
 def test_a_full_disk(kept):
-  def make(folder):
-    raise OSError(errno.ENOSPC, 'No space left on device')
-
-  with pytest.raises(OSError, match='rows not written'):
-    cache.tokenized_once(kept.root, {}, make, kept.said.append)
+  """Files that may hold a page each, cached or not."""
+  rows = rows_of(*ROWS_OF_A_PAGE)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    with pytest.raises(OSError, match=r'rows not written .* XDG_CACHE_HOME'):
+      kept(rows)
+    with pytest.raises(OSError, match=r'rows not written .* TMPDIR to another'):
+      cache.make_unkept(
+        lambda folder: tokenize_rows(
+          rows, 'text', kept.tokenizer, 10_000, folder=folder
+        )
+      )
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert not list(kept.root.iterdir())
 
 
@@ -195,8 +220,7 @@ def test_who_waits_says_so(kept):
 
   def make(folder):
     # Within the lock: who comes now can't have it.
-    opened = os.open(entry, os.O_RDONLY)
-    with pytest.raises(InterruptedError), cache._locked(opened, stop):
+    with pytest.raises(InterruptedError), cache._locked(entry, stop):
       pass
     return tokenize_rows(ROWS, 'text', kept.tokenizer, 99, folder=folder)
 
@@ -206,3 +230,47 @@ def test_who_waits_says_so(kept):
   cache.tokenized_once(kept.root, {}, make, said.append)
   meta = json.loads(kept.files()['meta.json'].read_text())
   assert meta['report']['rows_kept'] == len(ROWS) and said == []
+
+
+def test_a_lock_that_was_taken_away_is_none(tmp_path, monkeypatch):
+  """Who held it took its file away while the next one waited for it."""
+  entry = tmp_path / 'entry'
+  path = tmp_path / 'entry.lock'
+  real, files = fcntl.flock, []
+
+  def flock(file, how):
+    if not files:
+      path.unlink()
+    files.append(os.fstat(file.fileno()).st_ino)
+    real(file, how)
+
+  monkeypatch.setattr(cache.fcntl, 'flock', flock)
+  with cache._locked(entry, lambda: None) as held:
+    assert held and len(files) == 2 and path.stat().st_ino == files[1]
+  assert [p.name for p in tmp_path.iterdir()] == ['entry']
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_two_at_once_without_locks(kept, monkeypatch, when):
+  """The other begins and ends while the first makes its rows."""
+
+  def no_locks(*args):
+    raise OSError(errno.EBADF, 'Bad file descriptor')
+
+  monkeypatch.setattr(cache.fcntl, 'flock', no_locks)
+  others = []
+
+  def make(folder):
+    if when == 'before':
+      others.append(kept())
+    made = tokenize_rows(ROWS, 'text', kept.tokenizer, 99, folder=folder)
+    if when == 'after':
+      others.append(kept())
+    return made
+
+  first = cache.tokenized_once(kept.root, {}, make, kept.said.append)
+  fresh = as_told(tokenize_rows(ROWS, 'text', kept.tokenizer, 99))
+  assert as_told(first) == as_told(*others) == as_told(kept()) == fresh
+  assert kept.made == 1 and not kept.said
+  (entry,) = kept.root.iterdir()
+  assert [p.name for p in entry.iterdir()] == ['rows']

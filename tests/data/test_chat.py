@@ -248,6 +248,27 @@ def test_rows_that_a_template_does_not_take(template, fields, words, tmp_path):
   assert template != CHATML or not isinstance(after, RowError)
 
 
+def test_a_row_that_is_nested_too_deep_is_a_bad_row(tmp_path):
+  nested = 'x'
+  for _ in range(600):
+    nested = [nested]
+  deep = row('u:Hi </s>', 'a:Yo')
+  deep['messages'][0]['more'] = nested
+  folder = chats.write(tmp_path / 'm')
+  [error, after] = encode(folder, deep, ROWS[0])
+  assert isinstance(error, RowError) and error.reason == 'nested too deep'
+  assert learned(folder, after) == ['Hello!<|im_end|>']
+
+
+def test_a_template_that_fails_names_the_row(tmp_path):
+  template = CHATML + "{{ 'a' * 10**7 if messages[0].content == 'x' }}"
+  folder = chats.write(tmp_path / 'm', template=template)
+  place = rows_of(ROWS[0], row('u:x', 'a:y'))[1].where
+  with pytest.raises(ModelError) as caught:
+    encode(folder, ROWS[0], row('u:x', 'a:y'))
+  assert str(caught.value).startswith(f'{place}: the chat template of {folder}')
+
+
 def test_what_a_template_reads_besides(tmp_path):
   """Tools, and whatever else a message has: the spelled tokens in them too."""
   template = (

@@ -81,6 +81,18 @@ def test_what_a_template_may_not(source, word):
   assert word in f'{caught.value} {detail}'
 
 
+def test_a_python_that_can_not_render_is_no_fault_of_the_template(
+  tmp_path, monkeypatch
+):
+  (tmp_path / 'jinja2.py').write_text("raise RuntimeError('a shadow')")
+  monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+  with pytest.raises(ModelError) as caught:
+    render('')
+  message = str(caught.value)
+  assert 'RuntimeError: a shadow' in message and 'PYTHONPATH' in message
+  assert 'too long' not in message
+
+
 def test_the_process_has_its_limits_before_it_reads_a_template():
   assert jinja_worker.CPU_SECONDS <= 5
   assert jinja_worker.MEMORY <= 2 * 2**30

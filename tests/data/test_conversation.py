@@ -3,6 +3,8 @@
 Reference: the rows written out beside what they are to give.
 """
 
+import datetime
+import decimal
 import json
 
 import pytest
@@ -30,6 +32,9 @@ READ = [
   ('chat', {'messages': [U, {**A, 'weight': 1}]}, [U, {**A, 'weight': 1}]),
   ('chat', {'messages': [{'role': 'system', 'content': ''}, U, A], 'id': 3},
    [{'role': 'system', 'content': ''}, U, A]),
+  # The other layout's keys are not the message's.
+  ('chat', {'messages': [{**HUMAN, 'role': 'robot', 'content': 'No'}, A]},
+   [U, A]),
   # Nothing after the last answer can be learned or seen by what is.
   ('chat', {'messages': [U, A, U, U]}, [U, A]),
 ]  # fmt: skip
@@ -98,6 +103,23 @@ def test_what_is_refused(template, fields, reason, detail):
   with pytest.raises(RowError) as caught:
     read(fields, template)
   assert (caught.value.reason, caught.value.detail) == (reason, detail)
+
+
+def test_values_that_only_arrow_has_are_their_texts():
+  day = datetime.date(2024, 7, 26)
+  fields = {
+    'messages': [{**U, 'at': day, 'by': [('k', b'x')]}, A],
+    'tools': [{'since': day, 'cost': decimal.Decimal('1.50'), 'on': True}],
+  }
+  conversation = read(fields)
+  assert conversation.messages[0] == {
+    **U,
+    'at': '2024-07-26',
+    'by': [['k', "b'x'"]],
+  }
+  assert conversation.tools == [
+    {'since': '2024-07-26', 'cost': '1.50', 'on': True}
+  ]
 
 
 def test_the_texts_that_two_tokenizer_files_are_tried_on():

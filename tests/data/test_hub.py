@@ -80,7 +80,7 @@ def test_parts_of_a_split_are_its_rows(tmp_path):
   assert kept[0][0] == answers[-1][0]
 
 
-REMEDY = '; pass a local file: --config.data.path=FILE.json'
+REMEDY = '; pass a local file as --config.data.path'
 
 
 def refusal(place, cause):

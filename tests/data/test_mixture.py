@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorax_train.data import batches, mixture
 from lorax_train.data.batches import row_order
 from lorax_train.data.mixture import BLOCK_SIZE, Mixture, apportion, shares
 
@@ -132,6 +133,57 @@ def test_where_shares_come_out_even_it_begins_anew():
     for part, few in zip((7, 3), mixture.drawn(3), strict=True)
   )
   assert sum(got) == blocks * BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+  'weights',
+  [
+    (0.1 + 0.2, 0.7),
+    (1023, 1.0),  # the least that is due a draw in each block
+    (1023.5, 1.0),  # a little less
+    (1 / 3, 0.0123456789, 0.6),
+    (1e-4, 1.0, 0.3333),
+    (3e-4, 2e-4, 1e-4, 1.0000001),
+    (1e-9, 1.0),
+  ],
+)
+def test_any_block_counts_on_from_all_before_it(weights):
+  """Reference: blocks apportioned one after the other."""
+  parts = shares(weights)
+  want = [(0,) * len(parts)]
+  for block in range(1, 3000):
+    want.append(apportion(block * BLOCK_SIZE, parts, want[-1]))
+  order = Mixture((5,) * len(parts), weights, seed=0)
+  for block in (2999, 2998, 0, 1, 2, 1500, 1023, 1024, 1025, 2999):
+    assert order.drawn(block) == want[block]
+
+
+def test_a_late_resume_walks_no_earlier_blocks(monkeypatch):
+  asked = []
+
+  def counted(*args):
+    asked.append(args)
+    return apportion(*args)
+
+  monkeypatch.setattr(mixture, 'apportion', counted)
+  sizes = 40, 50, 60
+  order = Mixture(sizes, (0.123456789, 1 / 3, 0.1 + 0.2), seed=0)
+  order.between(10**7 * 512, 512)
+  assert len(asked) == 2
+
+
+def test_many_sources_keep_their_orders(monkeypatch):
+  made = []
+
+  def counted(n_rows, seed, epoch, source=None):
+    made.append((source, epoch))
+    return row_order(n_rows, seed, epoch, source)
+
+  monkeypatch.setattr(batches, 'row_order', counted)
+  order = Mixture([1000] * 50, [1.0] * 50, seed=0)
+  for block in range(40):  # 16 rows of each in a block
+    order.between(block * BLOCK_SIZE, BLOCK_SIZE)
+  assert sorted(made) == [(source, 0) for source in range(50)]
 
 
 def test_the_order_never_changes():

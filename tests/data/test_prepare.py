@@ -2,11 +2,15 @@
 know of no cache; what was kept is found by looking at the directory."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -73,6 +77,7 @@ def test_rows_are_made_once(caches, path, made, abc_dir, capsys):
     ('on_bad_row', 2),
     ('tokenizer', 2),
     ('eos', 2),
+    ('names', 2),
     ('no cache', 2),
   ],
 )
@@ -99,6 +104,8 @@ def test_what_makes_them_anew(
     )
   elif change == 'eos':  # out of the model's config.json, no tokenizer file
     tokenizer = dataclasses.replace(tokenizer, eos_id=0)
+  elif change == 'names':  # likewise, and read by the chat template
+    tokenizer = dataclasses.replace(tokenizer, names={'bos_token': 'a'})
   elif change != 'nothing':
     other = {
       'length': {'max_length': 8},
@@ -121,6 +128,37 @@ def test_a_function_is_never_kept(caches, path, made, abc_dir, monkeypatch):
     got = prepare(str(path), 'mine:render', load_tokenizer(abc_dir), Options(9))
   assert len(made) == 2 and not caches.exists()
   assert len(got.ids) == len(TEXTS)
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_nothing_is_kept_of_a_file_that_changes(
+  caches, path, abc_dir, monkeypatch, when
+):
+  """Between the key and the rows, or when all of them are read."""
+  tokenizer = load_tokenizer(abc_dir)
+  step = {'before': 'iter_rows', 'after': None}[when]
+  room_of = room.source if step else room.tokenized
+  name = step or 'tokenize_rows'
+  real = getattr(room_of, name)
+
+  def changing(*args, **kwargs):
+    done = None if step else real(*args, **kwargs)
+    path.write_text('{"text": "c"}')
+    return real(*args, **kwargs) if step else done
+
+  monkeypatch.setattr(room_of, name, changing)
+  with pytest.raises(DataError, match=r'rows\.jsonl: was changed while it was'):
+    prepare(str(path), 'text', tokenizer, Options(9))
+  assert not [p for p in caches.rglob('*') if p.is_file()]
+
+
+def test_the_name_of_a_file_need_not_be_utf8(caches, tmp_path, abc_dir):
+  name = os.fsdecode(os.fsencode(tmp_path) + b'/\xff.jsonl')
+  with open(name, 'w') as file:
+    file.write('{"text": "c"}')
+  for _ in range(2):
+    got = prepare(name, 'text', load_tokenizer(abc_dir), Options(9))
+    assert list(got.where) == [f'{name}:1']
 
 
 def test_bad_rows_are_told_and_nothing_is_kept(caches, path, abc_dir):
@@ -191,6 +229,32 @@ def test_progress(out, times, said):
     for clock.now in times:
       progress(10, 3000)
   assert stream.getvalue() == said
+
+
+@pytest.mark.parametrize(
+  'columns, shown',
+  [
+    (99, 'tokenising d: 10 rows, 3,000 tokens, 100 tokens/s'),
+    (50, 'tokenising d: 10 rows, 3,000 tokens, 100 tokens/s'),
+    (49, '10 rows, 3,000 tokens, 100 tokens/s'),
+    (20, '10 rows, 3,000 toke'),
+  ],
+)
+def test_progress_on_a_narrow_terminal(monkeypatch, columns, shown):
+  clock, stream = Clock(), Terminal()
+  monkeypatch.setattr(room, '_columns', lambda terminal: columns)
+  progress = Progress('d', stream, clock)
+  clock.now = 30
+  progress(10, 3000)
+  assert stream.getvalue() == f'\r{shown}'
+
+
+def test_the_columns_of_a_terminal():
+  ours, theirs = pty.openpty()
+  with os.fdopen(ours), os.fdopen(theirs, 'w') as terminal:
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('4H', 24, 37, 0, 0))
+    assert room._columns(terminal) == 37
+  assert room._columns(io.StringIO()) == 80
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, abc_dir):

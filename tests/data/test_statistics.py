@@ -39,6 +39,25 @@ def random_set():
   return set_of(*rows), rows
 
 
+@pytest.mark.parametrize(
+  'lengths, parts',
+  [
+    ([], []),
+    ([4, 6, 2, 8, 30, 2, 3], [[0, 1], [2, 3], [4], [5, 6]]),
+    ([2] * 7, [[0, 1, 2], [3, 4, 5], [6]]),
+  ],
+)
+def test_chunks_have_few_rows_and_few_tokens(monkeypatch, lengths, parts):
+  monkeypatch.setattr(statistics, '_TOKENS', 10)
+  rows = [list(range(3, 3 + n)) for n in lengths]
+  tokenized = set_of([9, 9], *rows)  # the first is not looked at
+  found = list(statistics.chunks(tokenized, np.arange(len(rows)) + 1, 3))
+  assert [(c.rows - 1).tolist() for c in found] == parts
+  assert [c.ids.tolist() for c in found] == [
+    [id for i in part for id in rows[i]] for part in parts
+  ]
+
+
 def test_learned_tokens_and_ends_are_those_of_a_loop(random_set):
   tokenized, rows = random_set
   chosen = np.arange(5, 9000, 2)

@@ -5,6 +5,7 @@ resumed ones, and `score` on the exported adapter.
 """
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,24 @@ def metrics(run_dir, key):
   lines = (run_dir / 'metrics.jsonl').read_text().splitlines()
   values = [json.loads(line) for line in lines]
   return [(v['step'], v[key]) for v in values if key in v]
+
+
+def test_the_look_before_the_first_step_is_no_time_of_steps(
+  tiny_model, rows_file, tmp_path, monkeypatch
+):
+  def slow(*args):
+    evaluate_of = evaluate.make_evaluate(*args)
+    return lambda *trees: time.sleep(5) or evaluate_of(*trees)
+
+  monkeypatch.setattr(loop, 'make_evaluate', slow)
+  run_dir = tmp_path / 'run'
+  sections = {'train': {'steps': 1}}
+  began = time.monotonic()
+  loop.run(make_config(tiny_model, rows_file, run_dir, **sections))
+  assert time.monotonic() - began > 10  # before and after the step
+  ((_, rate),) = metrics(run_dir, 'tokens_per_second')
+  # A step of 8 rows of about 60 tokens takes milliseconds.
+  assert rate > 8 * 64 / 5
 
 
 @pytest.mark.compat

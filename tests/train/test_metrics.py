@@ -6,6 +6,7 @@ Reference: the lines themselves, before and after; floats must read back equal.
 import io
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -138,6 +139,26 @@ def test_tensorboard_reads_the_same_numbers(tmp_path):
     np.testing.assert_allclose(
       [v for _, v in got[tag]], [v for _, v in points], rtol=1e-6
     )
+
+
+@pytest.mark.parametrize('step', [0, 2])
+def test_tensorboard_forgets_what_a_killed_run_did_since_its_checkpoint(
+  tmp_path, step
+):
+  killed = MetricsLog(tmp_path, 0)
+  for line in FULL:
+    killed.write(**line)
+  killed.close()
+  time.sleep(1.1)  # an event file is named by the second
+  log = MetricsLog(tmp_path, step)
+  again = [line for line in FULL if line['step'] > step or step == 0]
+  for line in again[:-1]:
+    log.write(**line)
+  log.close()
+  got = scalars(tmp_path)
+  for tag, points in got.items():
+    want = [line['step'] for line in log.lines if tag in line]
+    assert [s for s, _ in points] == want
 
 
 class Terminal(io.StringIO):

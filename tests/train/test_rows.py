@@ -8,6 +8,7 @@ the uninterrupted run.
 import dataclasses
 import hashlib
 import json
+import types
 
 import jax
 import numpy as np
@@ -112,7 +113,6 @@ def test_the_order_is_one_on_any_number_of_hosts_and_after_any_stop(
   assert {digest(read_by(kind, sizes, n)) for n in (2, 4, 8)} == {digest(whole)}
   cfg, rows = rows_of(kind, sizes)
   for stop in np.random.default_rng(0).integers(1, STEPS, 20):
-    batches._permutation.cache_clear()
     if 'pack' not in kind or sizes != 'alpaca':  # those take a while to make
       cfg, rows = rows_of(kind, sizes)
     tail = [rows.items_at(cfg, s)[0] for s in range(stop, STEPS)]
@@ -166,6 +166,43 @@ def test_rows_are_held_out_of_each_source_by_its_weight():
   rows = arrange(cfg, given, own, None)
   assert rows.eval_rows.tolist() == list(range(7))
   assert len(rows.train_rows) == 765
+
+
+# Of one file: (a source, another).
+SAME_ROWS = [
+  ('d/rows.json', './d/rows.json'),
+  ('d/rows.json', '{here}/d/rows.json'),
+  ('d/rows.json', 'link.json'),
+  ('d', 'd/rows.json'),
+  ('./d/', 'd'),
+]
+
+
+@pytest.mark.parametrize('spelt', SAME_ROWS)
+def test_no_row_is_held_out_and_learned_however_its_file_is_called(
+  spelt, rows_file, tmp_path, monkeypatch, tiny_model
+):
+  (tmp_path / 'd').mkdir()
+  rows_file.rename(tmp_path / 'd' / 'rows.json')
+  (tmp_path / 'link.json').symlink_to('d/rows.json')
+  monkeypatch.chdir(tmp_path)
+  one, other = (path.format(here=tmp_path) for path in spelt)
+  cfg = make_config(
+    tiny_model, '', 'unused',
+    data={'mixture': ({'path': one}, {'path': other, 'template': 'uno_reverse'})},
+  )  # fmt: skip
+  rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+  held, learned = (
+    [of.where[i].rpartition(' ')[2] for i in numbers]
+    for of, numbers in (
+      (rows.eval_set, rows.eval_rows),
+      (rows.train_set, rows.train_rows),
+    )
+  )
+  assert len(held) == 4
+  assert not {*held} & {*learned}
+  # Each of the 40 rows twice, less what is held out.
+  assert len(learned) == 2 * (40 - len({*held}))
 
 
 def test_nothing_may_be_held_out_whole():
@@ -302,6 +339,8 @@ def test_a_run_on_a_mixture_learns_resumes_and_says_what_it_reads(
     other = {**data, 'mixture': ({'path': str(rows_file)},)}
     loop.run(config_of(*args, parts, 6, other, lora={'dropout': 0.1}))
   loop.run(config_of(*args, parts, 6, data, lora={'dropout': 0.1}))
+  kind = 'packs' if 'packing' in data else 'rows'
+  assert f'6 of 8 {kind}, learning' in inspection.inspect(str(parts))[1]
   for key in ('loss', 'grad_norm', 'eval_loss'):
     assert metrics(parts, key) == metrics(whole, key)
   name = 'adapter/adapter_model.safetensors'
@@ -332,6 +371,7 @@ def test_other_verbs_read_a_run_on_a_mixture(
     f'3 x {rows_file}, template alpaca; 1 x {chat_file}, template'
     ' prompt_completion'
   ) in text
+  assert 'steps       2 of 8 rows,' in text
   samples = (run_dir / 'samples.md').read_text()
   assert f'## {rows_file}: row ' in samples
   assert f'## {chat_file}:' in samples
@@ -396,6 +436,25 @@ def test_buckets_hold_less_padding_and_the_same_rows(
     )
   assert learned[''] == learned['16,24,40']
   assert room['16,24,40'] < 0.6 * room['']
+
+
+def test_the_banner_tells_shares_of_any_weights(monkeypatch):
+  monkeypatch.setitem(
+    KINDS,
+    'heavy',
+    {'mixture': tuple({'path': p, 'weight': 1e308} for p in 'abcd')},
+  )
+  monkeypatch.setitem(SIZES, 'four', (100, 100, 100, 100))
+  cfg, rows = rows_of('heavy', 'four')
+  report = types.SimpleNamespace(summary=lambda: '')
+  monkeypatch.setattr(Lengths, 'report', report, raising=False)
+  monkeypatch.setattr('lorax_train.train.rows.summary', lambda _: '')
+  # 500 steps of 32 rows, a quarter of them of each source.
+  lines = banner_lines(cfg, rows)['sources'].splitlines()
+  n_left = 100 - 10  # a tenth at most is held out
+  for line in lines:
+    assert '25 % ' in line
+    assert f'; {n_left} rows an epoch, {4000 / n_left:.2f} epochs' in line
 
 
 @pytest.mark.parametrize(

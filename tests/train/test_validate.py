@@ -262,6 +262,8 @@ def test_rows_cut_at_the_end_are_told_of_once(checked):
   code, checks = checked([*SOUND, long], **options)
   assert (code, not_ok(checks)) == (0, {})
   assert '1 cut at the end, where no EOS is learned' in checks['rows'][0][1]
+  ((_, told),) = checks['EOS']
+  assert told == 'learned at the end of all 20 rows whose end was not cut'
   # One that is short, and has none of its own.
   code, checks = checked([*SOUND, long, [BOS, 65, 66]], **options)
   assert code == 3
@@ -312,6 +314,20 @@ def test_held_out_rows_that_are_trained_on(checked, tmp_path):
   assert 'other.jsonl:1 as' in found['leaks', 'warn']
   assert '1 of 23 rows' in found['EOS', 'FAIL']
   assert 'other.jsonl:3' in found['EOS', 'FAIL']
+
+
+@pytest.mark.parametrize(
+  'changes, key',
+  [
+    ({'data.path': 'none.jsonl'}, 'path'),
+    ({'data.eval_path': 'none.jsonl'}, 'eval_path'),
+    ({'data.path': '', 'data.mixture': "({'path': 'none.jsonl'},)"}, 'mixture'),
+  ],
+)
+def test_the_key_that_names_no_file_is_told(checked, changes, key):
+  code, checks = checked(SOUND, **changes)
+  told = f'none.jsonl: no such file; check --config.data.{key}'
+  assert code == 3 and not_ok(checks)['rows', 'FAIL'] == told
 
 
 # What only weights or devices can tell.
