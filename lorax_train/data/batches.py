@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 from lorax_train.data.joined import RowSet
 from lorax_train.data.packing import Packs
 from lorax_train.errors import DataError

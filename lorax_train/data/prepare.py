@@ -20,7 +20,6 @@ from lorax_train.data import (
 )
 from lorax_train.data.encoded import in_parts
 from lorax_train.data.tokenized import TokenizedSet
-from lorax_train.errors import DataError
 
 # Rows on which two tokenizer files of a model must agree before training; fewer
 # of long ones.
@@ -81,7 +80,7 @@ def prepare(
     rows = source.iter_rows(files)
     first = next(in_parts(rows, _PREFLIGHT_ROWS), [])
     if not first:
-      raise DataError(f'{path}: no rows; pass a file that has some')
+      raise source.no_rows(path)
     if tokenizer is not None:
       texts = tokenized.rendered_texts(first, template_name, len(first))
       tokenize.check_same_ids(tokenizer.files[0].parent, texts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 
 if TYPE_CHECKING:
   from lorax_train.data.tokenize import Tokenizer

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 from lorax_train.data.joined import RowSet
 from lorax_train.data.statistics import Chunk, chunks
 

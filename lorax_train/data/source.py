@@ -37,8 +37,13 @@ def read_rows(path: str, split: str = 'train') -> list[Row]:
   """
   rows = list(iter_rows(files_of(path, split)))
   if not rows:
-    raise DataError(f'{path}: no rows; pass a file that has some')
+    raise no_rows(path)
   return rows
+
+
+def no_rows(path: str) -> DataError:
+  """What to raise of a path that has none."""
+  return DataError(f'{path}: no rows; pass a file that has some')
 
 
 def files_of(path: str, split: str = 'train') -> list[File]:

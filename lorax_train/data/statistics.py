@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 from lorax_train.data.joined import RowSet
 
 _CHUNK = 4096  # rows

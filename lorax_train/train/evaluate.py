@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data import batches
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 from lorax_train.errors import (
   ConfigError,
   DataError,

@@ -47,6 +47,38 @@ NAMES = (
 )
 
 
+# A check, what of `Suspects` fails and what is a warning, and words for each;
+# then for neither.
+_GRADED = (
+  (
+    'BOS',
+    'two_bos',
+    'twice at the start: {}; take one of them out of input_ids',
+    'inner_bos',
+    'within a row: {}; right only in a chat format that begins every turn with'
+    ' it',
+    'at most once, and only at the start',
+  ),
+  (
+    'labels',
+    'shifted',
+    'shifted by one: {}; the loss shifts them itself: let labels[i] be'
+    ' input_ids[i] or -100',
+    'other_labels',
+    'learned, but not the ids of their places: {}',
+    'the ids of their places, or -100',
+  ),
+  (
+    'padding',
+    'learned_padding',
+    'learned: {}; leave it out, batches are filled up here',
+    'padding',
+    'among the ids: {}; leave it out, batches are filled up here',
+    'none among the ids',
+  ),
+)
+
+
 class Check(NamedTuple):
   """What was looked at, how it is, and the exit code that a failure has."""
 
@@ -176,52 +208,15 @@ def _looked_through(
       'EOS', OK, f'learned at the end of all {total - n_cut:,} rows{whole}'
     )
 
-  n, where = told('two_bos')
-  inner, inner_where = told('inner_bos')
-  if n:
-    yield _data_failure(
-      'BOS', f'twice at the start: {where}; take one of them out of input_ids'
-    )
-  if inner:
-    yield Check(
-      'BOS',
-      WARN,
-      f'within a row: {inner_where}; right only in a chat format that begins'
-      ' every turn with it',
-    )
-  if not n and not inner:
-    yield Check('BOS', OK, 'at most once, and only at the start')
-
-  n, where = told('shifted')
-  other, other_where = told('other_labels')
-  if n:
-    yield _data_failure(
-      'labels',
-      f'shifted by one: {where}; the loss shifts them itself: let labels[i] be'
-      ' input_ids[i] or -100',
-    )
-  if other:
-    yield Check(
-      'labels', WARN, f'learned, but not the ids of their places: {other_where}'
-    )
-  if not n and not other:
-    yield Check('labels', OK, 'the ids of their places, or -100')
-
-  n, where = told('learned_padding')
-  unlearned, unlearned_where = told('padding')
-  if n:
-    yield _data_failure(
-      'padding', f'learned: {where}; leave it out, batches are filled up here'
-    )
-  if unlearned:
-    yield Check(
-      'padding',
-      WARN,
-      f'among the ids: {unlearned_where}; leave it out, batches are filled up'
-      ' here',
-    )
-  if not n and not unlearned:
-    yield Check('padding', OK, 'none among the ids')
+  for name, wrong, if_wrong, odd, if_odd, else_told in _GRADED:
+    n, where = told(wrong)
+    n_odd, odd_where = told(odd)
+    if n:
+      yield _data_failure(name, if_wrong.format(where))
+    if n_odd:
+      yield Check(name, WARN, if_odd.format(odd_where))
+    if not n and not n_odd:
+      yield Check(name, OK, else_told)
 
 
 def _unheeded(

@@ -105,7 +105,9 @@ class Rows(NamedTuple):
       positions. No mask: causal attention never looks at padding on the right.
     """
     items, length = self.items_at(cfg, step)
-    part_AB = batches.part_of(items, index, count)
+    return self._read(batches.part_of(items, index, count), length)
+
+  def _read(self, part_AB: np.ndarray, length: int) -> dict[str, np.ndarray]:
     own = part_AB.ravel()
     if self.packs:
       flat = batches.take_packs(self.train_set, self.packs, own, self.pad_id)
@@ -124,7 +126,8 @@ class Rows(NamedTuple):
       What `part` gives, of all hosts, on the mesh.
     """
     items, length = self.items_at(cfg, step)
-    part = self.part(cfg, step, *parallel.batch_part(mesh))
+    own = batches.part_of(items, *parallel.batch_part(mesh))
+    part = self._read(own, length)
     placed = jax.make_array_from_process_local_data(
       parallel.batch_sharding(mesh, axis=1), part, (*items.shape, length)
     )

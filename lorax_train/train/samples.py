@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lorax_train import lora
 from lorax_train.config import TrainConfig
-from lorax_train.data.encode import NO_LOSS
+from lorax_train.data.encoded import NO_LOSS
 from lorax_train.data.problems import one_line, shorten
 from lorax_train.infer import complete, generate
 from lorax_train.models.mistral import Decoder
