@@ -5,6 +5,7 @@ Mesh axes: `data` (batch only), `fsdp` (batch, and the embed axis of weights),
 they belong to, with the rank axis whole.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,20 +94,41 @@ def adapter_sharding(fixed: Fixed, adapter: Adapter) -> Adapter:
 
   The rank axis is whole everywhere.
   """
-  mesh, spec = fixed.w.sharding.mesh, _full_spec(fixed.w)
-  stack, inner, outer = (
-    [part for part, kind in zip(spec, fixed.axes, strict=True) if kind == k]
-    for k in 'sio'
-  )
-
-  def over(part: Any, *axes: Any) -> Any:
-    return None if part is None else NamedSharding(mesh, P(*stack, *axes))
-
   return Adapter(
-    over(adapter.a, None, *inner),
-    over(adapter.b, None, *outer),
-    over(adapter.m, *outer),
+    None if adapter.a is None else _beside(fixed, '.i'),
+    _beside(fixed, '.o'),
+    None if adapter.m is None else _beside(fixed, 'o'),
   )
+
+
+def frozen_shardings(frozen: Any) -> Any:
+  """The frozen tree with a sharding in each array's place.
+
+  What stands beside a weight lies as it does, wherever the rule put that.
+  """
+  axes = {'a': '.i', 'a0': '.i', 'b0': '.o', 'norm2': 'o'}
+
+  def of(half: Any) -> Any:
+    if isinstance(half, Fixed):
+      beside: dict[str, Any] = {
+        name: _beside(half, axes.get(name, ''))
+        for name in ('scale', 'rate', *axes)
+        if getattr(half, name) is not None
+      }
+      return dataclasses.replace(half, w=half.w.sharding, **beside)
+    return jax.tree.map(lambda w: w.sharding, half)
+
+  return jax.tree.map(of, frozen, is_leaf=is_trained)
+
+
+def _beside(fixed: Fixed, axes: str) -> NamedSharding:
+  """Of [*stack, *axes]: those of W by their letters, and a dot a whole one."""
+  spec = _full_spec(fixed.w)
+  parts: list[Any] = []
+  for letter in 's' + axes:
+    own = [p for p, kind in zip(spec, fixed.axes, strict=True) if kind == letter]  # fmt: skip
+    parts += [None] if letter == '.' else own
+  return NamedSharding(fixed.w.sharding.mesh, P(*parts))
 
 
 def trainable_shardings(frozen: Any, trainable: Any) -> Any:
@@ -117,12 +139,14 @@ def trainable_shardings(frozen: Any, trainable: Any) -> Any:
   """
 
   def of(half: Any, own: Any) -> Any:
-    if isinstance(half, Fixed) and own is not None:
+    if own is None:
+      return None
+    if isinstance(half, Fixed):
       return adapter_sharding(half, own)
     if isinstance(half, Original) and half.w is not None:
       mesh, spec = half.w.sharding.mesh, _full_spec(half.w)
       return NamedSharding(mesh, P(None, *spec[1:]))
-    return None if own is None else own.sharding
+    return own.sharding
 
   return jax.tree.map(of, frozen, trainable, is_leaf=is_trained)
 

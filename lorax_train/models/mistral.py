@@ -22,6 +22,12 @@ import numpy as np
 
 from lorax_train.models import ops
 from lorax_train.models import params as params_lib
+from lorax_train.models.attention import (
+  attention,
+  masked_attention,
+  visible,
+  visible_in_segment,
+)
 from lorax_train.models.params import DecoderConfig, RopeScaling
 from lorax_train.parallel import constrain
 
@@ -214,29 +220,6 @@ def extend(cache: Cache, new: Cache, slot: Array | int) -> Cache:
   )
 
 
-def visible(window: int | None, before_BS: Array, positions_BT: Array) -> Array:
-  """Which of the S tokens before and of the T see which: [B, T, S + T]."""
-  key = jnp.concatenate((before_BS, positions_BT), axis=1)[:, None, :]
-  query = positions_BT[:, :, None]
-  seen = (key >= 0) & (key <= query)
-  return seen if window is None else seen & (key > query - window)
-
-
-def visible_in_segment(window: int | None, segments_BT: Array) -> Array:
-  """Which of T tokens see which, of their own segment alone: [B, T, S].
-
-  A segment has no gaps, so places in the pack are as far apart as positions in
-  the segment. Padding is a segment like any other: nothing learned is of it,
-  and a query that sees nothing at all would be a softmax over nothing.
-  """
-  place = jnp.arange(segments_BT.shape[1], dtype=jnp.int32)
-  behind_TS = place[:, None] - place[None, :]
-  seen_TS = behind_TS >= 0
-  if window is not None:
-    seen_TS &= behind_TS < window
-  return (segments_BT[:, :, None] == segments_BT[:, None, :]) & seen_TS[None]
-
-
 def remat_block(policy: str) -> type[nn.Module]:
   """Block, or Block recomputed in the backward pass."""
   if policy == 'none':
@@ -274,44 +257,6 @@ def rms_norm(x_BTD: Array, w_D: Array, eps: float) -> Array:
   mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
   normed_BTD = (x32 * jax.lax.rsqrt(mean_square + eps)).astype(x_BTD.dtype)
   return w_D.astype(x_BTD.dtype)[None, None] * normed_BTD
-
-
-def attention(
-  q_BTNH: Array,
-  k_BSKH: Array,
-  v_BSKH: Array,
-  window: int | None,
-  mask_BS: Array | None,
-) -> Array:
-  """Causal softmax attention -> [B, T, N, H]; K divides N.
-
-  Query t sees keys s with t - window < s <= t; scores scaled by 1/sqrt(H).
-  """
-  return masked_attention(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    None if mask_BS is None else mask_BS[:, None, None],
-    is_causal=True,
-    local_window_size=None if window is None else (window - 1, 0),
-  )
-
-
-def masked_attention(
-  q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BNTS: Array | None, **limits
-) -> Array:
-  """Softmax attention -> [B, T, N, H] by a mask and jax's own `limits`."""
-  # jax's own code promotes bfloat16 to float32 here, also where the caller
-  # has asked for strict dtypes.
-  with jax.numpy_dtype_promotion('standard'):
-    return jax.nn.dot_product_attention(
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
-      mask=mask_BNTS,
-      scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
-      **limits,
-    )
 
 
 def rope_angles(cfg: DecoderConfig, positions_BT: Array) -> Array:

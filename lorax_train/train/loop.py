@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_train import config as config_lib
-from lorax_train import lora, parallel
+from lorax_train import lora
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
 from lorax_train.formats import find, hf, hf_config, safetensors
@@ -29,7 +29,6 @@ from lorax_train.train import (
   samples,
   setup,
 )
-from lorax_train.train import step as step_lib
 from lorax_train.train.ahead import Ahead, made_ahead
 from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
@@ -100,12 +99,12 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
 
     # --- the state: fresh, or that of the newest valid checkpoint
     tx = optim.make_optimizer(setup.optim_config(cfg))
-    state, shardings = setup.init_state(tx, frozen, trainable, mesh)
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state._replace(fixed_factors=lora.fixed_factors(frozen)),
+    like = setup.abstract_state(tx, frozen, trainable, mesh)
+    state = setup.init_state(tx, trainable, like)
+    factors = setup.shapes_of(lora.fixed_factors(frozen))
+    found = checkpoint.restore_latest(
+      run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
     )
-    found = checkpoint.restore_latest(run_dir / 'checkpoints', like, say)
     if found is not None:
       frozen = lora.with_fixed_factors(frozen, found.fixed_factors)
       state = found._replace(fixed_factors=None)
@@ -114,13 +113,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     # --- the step: compiled ahead of the loop, for each length of a batch
     began = time.monotonic()
     apply = setup.make_apply(cfg, model_cfg)
-    step = jax.jit(
-      step_lib.make_train_step(
-        apply, tx, setup.noise_key(cfg, frozen), cfg.train.neftune_alpha
-      ),
-      donate_argnums=0,
-      out_shardings=(shardings, parallel.replicated(mesh)),
-    )
+    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh)
     compiled = {}
     for length, shapes in rows.shapes(cfg, mesh).items():
       compiled[length] = step.lower(state, frozen, shapes).compile()

@@ -118,20 +118,60 @@ def no_adapters(model_cfg: DecoderConfig) -> Adapters:
   )
 
 
-def abstract(cfg: TrainConfig, adapters: Adapters) -> tuple[Tree, Tree]:
-  """(frozen, trainable) as shapes: counts without weights.
+def abstract(
+  cfg: TrainConfig, adapters: Adapters, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Tree, Tree]:
+  """(frozen, trainable) as shapes, on a mesh as it will lie: without weights.
 
   Raises:
     ConfigError: an adapter that these weights can't have.
   """
-  dtype = jnp.dtype(cfg.model.param_dtype)
-  params = params_lib.abstract(adapters.model_cfg, dtype)
+  model_cfg = adapters.model_cfg
+  params = params_lib.abstract(model_cfg, jnp.dtype(cfg.model.param_dtype))
   try:
-    return jax.eval_shape(
+    frozen, trainable = jax.eval_shape(
       lambda p: adapters.split(jax.random.key(0), p), params
     )
   except ValueError as error:
     raise ConfigError(f'lora: {error}') from None
+  return (frozen, trainable) if mesh is None else _on_mesh(frozen, trainable, model_cfg, mesh)  # fmt: skip
+
+
+def _on_mesh(
+  frozen: Tree,
+  trainable: Tree,
+  model_cfg: DecoderConfig,
+  mesh: jax.sharding.Mesh,
+) -> tuple[Tree, Tree]:
+  """Shapes with where they lie: base weights by their rows in PARAMS."""
+  of_base = {
+    p.path: parallel.sharding(mesh, p.axes, params_lib.axis_units(model_cfg, p))
+    for p in params_lib.table(model_cfg)
+  }
+
+  def place(path: tuple, half: Any) -> Any:
+    own = of_base[lora.path_of(path)]
+    if isinstance(half, lora.Adapter) or getattr(half, 'w', half) is None:
+      return half  # an adapter lies as its weight does, which is not here
+    if lora.is_trained(half):
+      return dataclasses.replace(half, w=_lying(half.w, own))
+    return _lying(half, own)
+
+  is_leaf = lambda x: lora.is_trained(x) or isinstance(x, lora.Adapter)  # noqa: E731
+  frozen, trainable = (
+    jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_leaf)
+    for tree in (frozen, trainable)
+  )
+  return (
+    jax.tree.map(_lying, frozen, parallel.frozen_shardings(frozen)),
+    jax.tree.map(
+      _lying, trainable, parallel.trainable_shardings(frozen, trainable)
+    ),
+  )
+
+
+def _lying(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def make_apply(cfg: TrainConfig, model_cfg: DecoderConfig) -> step_lib.Apply:
@@ -238,20 +278,19 @@ def split(
       adapters.loaded, adapters.placed, adapters.model_cfg, params
     )
 
-  def put(tree: Tree) -> Tree:
-    return jax.device_put(tree, parallel.trainable_shardings(frozen, tree))
+  return (
+    jax.device_put(frozen, parallel.frozen_shardings(frozen)),
+    jax.device_put(trainable, parallel.trainable_shardings(frozen, trainable)),
+  )
 
-  factors = put(lora.fixed_factors(frozen))
-  return lora.with_fixed_factors(frozen, factors), put(trainable)
 
-
-def init_state(
+def abstract_state(
   tx: optax.GradientTransformation,
   frozen: Tree,
   trainable: Tree,
   mesh: jax.sharding.Mesh,
-) -> tuple[TrainState, TrainState]:
-  """The state before the first step, and where each part of it lies."""
+) -> TrainState:
+  """The state as shapes, each with where it lies; the halves may be shapes."""
   of_factors = parallel.trainable_shardings(frozen, trainable)
   whole = parallel.replicated(mesh)
   shapes = jax.eval_shape(functools.partial(step_lib.init_state, tx=tx), trainable)  # fmt: skip
@@ -266,10 +305,58 @@ def init_state(
       transform_non_params=lambda _: whole,
     ),
   )
+  return jax.tree.map(_lying, shapes, shardings)
+
+
+def init_state(
+  tx: optax.GradientTransformation, trainable: Tree, like: TrainState
+) -> TrainState:
+  """The state before the first step, lying as `like` does."""
   init = jax.jit(
-    functools.partial(step_lib.init_state, tx=tx), out_shardings=shardings
+    functools.partial(step_lib.init_state, tx=tx),
+    out_shardings=shardings_of(like),
   )
-  return init(trainable), shardings
+  return init(trainable)
+
+
+def make_step(
+  cfg: TrainConfig,
+  model_cfg: DecoderConfig,
+  tx: optax.GradientTransformation,
+  frozen: Tree,
+  state: TrainState,
+  mesh: jax.sharding.Mesh,
+) -> Any:
+  """The train step under jit, see `step.make_train_step`; the state is donated.
+
+  Args:
+    cfg: the run.
+    model_cfg: the model as the run sees it.
+    tx: the optimizer.
+    frozen: arrays or shapes.
+    state: likewise, each with where it lies, before the step and after.
+    mesh: devices.
+  """
+  return jax.jit(
+    step_lib.make_train_step(
+      make_apply(cfg, model_cfg),
+      tx,
+      noise_key(cfg, frozen),
+      cfg.train.neftune_alpha,
+    ),
+    donate_argnums=0,
+    out_shardings=(shardings_of(state), parallel.replicated(mesh)),
+  )
+
+
+def shapes_of(tree: Tree) -> Tree:
+  """A tree of arrays as shapes, each with where it lies."""
+  return jax.tree.map(lambda x: _lying(x, x.sharding), tree)
+
+
+def shardings_of(tree: Tree) -> Tree:
+  """Where each array, or shape, of a tree lies."""
+  return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def noise_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:

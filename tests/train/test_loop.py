@@ -18,7 +18,6 @@ from lorax_train.errors import ConfigError, DataError
 from lorax_train.formats import hf, hf_config
 from lorax_train.infer.score import score
 from lorax_train.train import evaluate, loop, optim, rundir, setup
-from lorax_train.train import step as step_lib
 from tests.toys import random_ids
 
 
@@ -140,11 +139,9 @@ def losses_on(mesh, model, steps=5):
     params = hf.load_params(model, model_cfg, jnp.float32, mesh)
     frozen, trainable = setup.split(cfg, params, adapters)
     tx = optim.make_optimizer(setup.optim_config(cfg))
-    state, shardings = setup.init_state(tx, frozen, trainable, mesh)
-    step = jax.jit(
-      step_lib.make_train_step(setup.make_apply(cfg, model_cfg), tx),
-      out_shardings=(shardings, parallel.replicated(mesh)),
-    )
+    like = setup.abstract_state(tx, frozen, trainable, mesh)
+    state = setup.init_state(tx, trainable, like)
+    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh)
     ids = random_ids(shape=(2, 8, 20))
     batch = jax.device_put(
       {'ids': ids, 'labels': ids}, parallel.batch_sharding(mesh, axis=1)
@@ -168,6 +165,45 @@ def test_any_mesh_gives_the_losses_of_one_device(sizes, tiny_model, one_device):
   mlp = state.trainable['layers']['mlp']['up_proj']
   assert mlp.a.sharding.shard_shape(mlp.a.shape) == (3, 4, 32 // sizes[1])
   assert mlp.b.sharding.shard_shape(mlp.b.shape) == (3, 4, 48 // sizes[2])
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'targets': 'all-linear', 'dropout': 0.1},
+    {'targets': 'q_proj,embed_tokens', 'variant': 'dora'},
+    {'targets': 'q_proj', 'variant': 'lora_fa'},
+    {'targets': 'v_proj', 'init': 'pissa', 'modules_to_save': 'lm_head,norm'},
+    {'targets': 'v_proj', 'trainable_token_indices': '1,5'},
+  ],
+  ids=lambda options: '-'.join(map(str, options.values())),
+)
+def test_shapes_are_those_of_the_run(options, tiny_model):
+  """What `plan` compiles is what a run compiles, and lies where it does."""
+  cfg = make_config(tiny_model, 'unused', 'unused', lora=options)
+  model_cfg = hf_config.read_config(tiny_model)
+  adapters = setup.plan_adapters(cfg, model_cfg)
+  mesh = parallel.make_mesh(2, 2, 2)
+  tx = optim.make_optimizer(setup.optim_config(cfg))
+  with jax.set_mesh(mesh):
+    params = hf.load_params(tiny_model, model_cfg, jnp.float32, mesh)
+    halves = setup.split(cfg, params, adapters)
+  shapes = setup.abstract(cfg, adapters, mesh)
+  for real, shape in zip(halves, shapes, strict=True):
+    assert jax.tree.structure(real) == jax.tree.structure(shape)
+    assert list(map(jax.typeof, jax.tree.leaves(real))) == list(
+      map(jax.typeof, jax.tree.leaves(shape))
+    )
+  of_halves, of_shapes = (
+    jax.tree.leaves(setup.abstract_state(tx, *each, mesh))
+    for each in (halves, shapes)
+  )
+  assert of_halves == of_shapes
+  for real, shape in zip(
+    *(jax.tree.leaves(tree[0]) for tree in (halves, shapes)), strict=True
+  ):
+    if real.committed:
+      assert real.sharding.is_equivalent_to(shape.sharding, real.ndim)
 
 
 def test_a_second_start_does_nothing_and_a_longer_one_continues(
