@@ -18,6 +18,9 @@ from lorax_train.lora import Adapter, Fixed, Original, is_trained
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
+# In bytes: an adapter's leaf below it is not cut over fsdp.
+SMALL = 64 * 2**20
+
 AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
   'batch': ('data', 'fsdp'),
   'embed': 'fsdp',
@@ -95,9 +98,9 @@ def adapter_sharding(fixed: Fixed, adapter: Adapter) -> Adapter:
   The rank axis is whole everywhere.
   """
   return Adapter(
-    None if adapter.a is None else _beside(fixed, '.i'),
-    _beside(fixed, '.o'),
-    None if adapter.m is None else _beside(fixed, 'o'),
+    None if adapter.a is None else _beside(fixed, adapter.a, '.i'),
+    _beside(fixed, adapter.b, '.o'),
+    None if adapter.m is None else _beside(fixed, adapter.m, 'o'),
   )
 
 
@@ -111,7 +114,7 @@ def frozen_shardings(frozen: Any) -> Any:
   def of(half: Any) -> Any:
     if isinstance(half, Fixed):
       beside: dict[str, Any] = {
-        name: _beside(half, axes.get(name, ''))
+        name: _beside(half, getattr(half, name), axes.get(name, ''))
         for name in ('scale', 'rate', *axes)
         if getattr(half, name) is not None
       }
@@ -121,13 +124,20 @@ def frozen_shardings(frozen: Any) -> Any:
   return jax.tree.map(of, frozen, is_leaf=is_trained)
 
 
-def _beside(fixed: Fixed, axes: str) -> NamedSharding:
-  """Of [*stack, *axes]: those of W by their letters, and a dot a whole one."""
+def _beside(fixed: Fixed, part: Any, axes: str) -> NamedSharding:
+  """Where `part` [*stack, *axes] lies: as W does by its letters, '.' whole.
+
+  A small one is whole over fsdp, or each layer of a scan would gather it, and
+  over tensor XLA would rather add up x A^T than gather A.
+  """
   spec = _full_spec(fixed.w)
+  small = math.prod(part.shape) * part.dtype.itemsize < SMALL
   parts: list[Any] = []
   for letter in 's' + axes:
     own = [p for p, kind in zip(spec, fixed.axes, strict=True) if kind == letter]  # fmt: skip
     parts += [None] if letter == '.' else own
+  if small:
+    parts = [None if name == 'fsdp' else name for name in parts]
   return NamedSharding(fixed.w.sharding.mesh, P(*parts))
 
 

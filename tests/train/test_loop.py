@@ -154,16 +154,24 @@ def losses_on(mesh, model, steps=5):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_any_mesh_gives_the_losses_of_one_device(sizes, tiny_model, one_device):
+@pytest.mark.parametrize(
+  'sizes, small',
+  [((8, 1, 1), 0), ((1, 8, 1), 0), ((2, 2, 2), 0), ((1, 2, 4), 2**26)],
+)
+def test_any_mesh_gives_the_losses_of_one_device(
+  sizes, small, tiny_model, one_device, monkeypatch
+):
+  monkeypatch.setattr(parallel, 'SMALL', small)
   mesh = parallel.make_mesh(*sizes)
   got, state = losses_on(mesh, tiny_model)
   want, _ = losses_on(one_device, tiny_model)
   np.testing.assert_allclose(got, want, rtol=1e-5)
   assert want[-1] < want[0]
-  # The factors are cut as their weight is, the rank axis never.
+  # The factors are cut as their weight is, small ones over tensor alone, and
+  # the rank axis never.
   mlp = state.trainable['layers']['mlp']['up_proj']
-  assert mlp.a.sharding.shard_shape(mlp.a.shape) == (3, 4, 32 // sizes[1])
+  ways = 1 if small else sizes[1]
+  assert mlp.a.sharding.shard_shape(mlp.a.shape) == (3, 4, 32 // ways)
   assert mlp.b.sharding.shard_shape(mlp.b.shape) == (3, 4, 48 // sizes[2])
 
 
