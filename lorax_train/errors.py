@@ -69,22 +69,29 @@ def report(error: BaseException) -> int:
   Args:
     error: a UserError, OSError or KeyboardInterrupt.
   """
-  if isinstance(error, KeyboardInterrupt):
-    print(
-      'interrupted at once: checkpoints are as they were, run the same command'
-      ' again',
-      file=sys.stderr,
-    )
-    return INTERRUPTED_EXIT_CODE
   if isinstance(error, BrokenPipeError):
     # Whoever read our output has had enough; Python would complain at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return IO_EXIT_CODE
+  told = outcome(error)
+  assert told is not None
+  code, line = told
+  print(line, file=sys.stderr)
+  return code
+
+
+def outcome(error: BaseException) -> tuple[int, str] | None:
+  """(exit code, what is printed) of an error of the user; None of others."""
+  if isinstance(error, KeyboardInterrupt):
+    return INTERRUPTED_EXIT_CODE, (
+      'interrupted at once: checkpoints are as they were, run the same command'
+      ' again'
+    )
   if isinstance(error, UserError):
-    print(_visible(one_line(error)), file=sys.stderr)
-    return error.exit_code
-  print(f'input/output error: {_visible(one_line(error))}', file=sys.stderr)
-  return IO_EXIT_CODE
+    return error.exit_code, _visible(one_line(error))
+  if isinstance(error, OSError):
+    return IO_EXIT_CODE, f'input/output error: {_visible(one_line(error))}'
+  return None
 
 
 def one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from lorax_train import config, errors
+from lorax_train import config, distributed, errors
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,15 +16,16 @@ def main(argv: Sequence[str]) -> int:
   """
   if {'-h', '--help'} & set(argv[1:]):
     print('usage: --config FILE.py [--config.SECTION.KEY=VALUE ...]')
+    print(distributed.USAGE)
     return 0
   try:
-    cfg = parse(argv)
-    from lorax_train.train import loop  # brings in jax: after the typos
+    options, rest = distributed.options_of(argv)
+    cfg = parse(rest)
+    from lorax_train.train import start  # brings in flax: after the typos
 
-    loop.run(cfg)
+    return start.run(cfg, options)
   except (errors.UserError, OSError, KeyboardInterrupt) as error:
     return errors.report(error)
-  return 0
 
 
 def parse(argv: Sequence[str]) -> config.TrainConfig:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,9 +63,26 @@ def make_mesh(
       f' {len(devices)} device(s): the sizes must multiply to that number, and'
       ' one of them may be -1 for the rest'
     )
-  return jax.make_mesh(
-    sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-  )
+  types = (AxisType.Auto,) * 3
+  n_slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if n_slices > 1 and devices[0].platform == 'tpu':
+    return Mesh(_of_slices(sizes, n_slices, devices), MESH_AXES, types)
+  return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+
+
+def _of_slices(
+  sizes: Sequence[int], n_slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """TPU slices joined by a network: along data, or else along fsdp."""
+  along = next((i for i in (0, 1) if sizes[i] % n_slices == 0), None)
+  if along is None:
+    raise ValueError(
+      f'mesh data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: {n_slices} slices'
+      f' are joined along data or fsdp: make one of them a multiple of {n_slices}'
+    )
+  within, across = list(sizes), [1, 1, 1]
+  within[along], across[along] = sizes[along] // n_slices, n_slices
+  return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -172,6 +191,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
+def put(tree: Any, shardings: Any) -> Any:
+  """Arrays that each process has whole, on the mesh.
+
+  `jax.device_put` does it too, but of several processes it first compares what
+  they have, array by array, and so waits for all of them.
+
+  Args:
+    tree: of arrays; one that is on the devices of several processes already is
+      moved.
+    shardings: the same tree of shardings, or one for all.
+  """
+
+  def of(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+    placed = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if placed or where.is_fully_addressable:
+      return jax.device_put(x, where)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, host.__getitem__)
+
+  if isinstance(shardings, jax.sharding.Sharding):
+    return jax.tree.map(lambda x: of(x, shardings), tree)
+  return jax.tree.map(of, tree, shardings)
+
+
+def fetch(tree: Any) -> Any:
+  """Arrays of a mesh, so that each process can read them whole.
+
+  Called by all processes where the mesh is of several.
+  """
+
+  def of(x: Any) -> Any:
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return x
+    if x.is_fully_replicated:
+      return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(of, tree)
+
+
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
   """Rows of a batch, which stand on `axis`, over data and fsdp."""
   return NamedSharding(mesh, P(*(None,) * axis, AXIS_RULES['batch']))
@@ -182,22 +241,23 @@ def batch_ways(mesh: Mesh) -> int:
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def batch_part(
+def rows_of(
   mesh: Mesh,
+  n_rows: int,
   process: int | None = None,
   process_of: Callable[[Any], int] = lambda device: device.process_index,
-) -> tuple[int, int]:
-  """Which part of a batch's rows a process holds: (index, of how many).
+) -> np.ndarray:
+  """Which rows of a batch a process holds, int64, in order.
 
-  Processes whose devices share rows (`tensor` across them) have the same part.
+  They need not lie side by side: along a mesh axis the devices of a TPU pod
+  stand as they are wired, and in between are those of other hosts. Processes
+  whose devices share rows (`tensor` across them) hold the same ones.
 
   Args:
     mesh: the mesh.
+    n_rows: of the batch; `batch_ways` divides it.
     process: which process; this one by default.
     process_of: device -> the process that it belongs to.
-
-  Raises:
-    ValueError: its rows are not one of several equal parts.
   """
   process = jax.process_index() if process is None else process
   ways = batch_ways(mesh)
@@ -206,13 +266,29 @@ def batch_part(
     for way, devices in enumerate(mesh.devices.reshape(ways, -1))
     if any(process_of(device) == process for device in devices)
   ]
-  index, rest = divmod(own[0], len(own))
-  if rest or ways % len(own) or own[-1] - own[0] >= len(own):
-    raise ValueError(
-      f'mesh {dict(mesh.shape)}: process {process} has parts {own} of {ways} of'
-      ' a batch, which do not lie side by side; give other sizes'
-    )
-  return index, ways // len(own)
+  return np.arange(n_rows).reshape(ways, -1)[own].ravel()
+
+
+def put_rows(
+  own: np.ndarray, rows: np.ndarray, n_rows: int, where: NamedSharding
+) -> jax.Array:
+  """A batch on the mesh, of the rows that each process holds.
+
+  Args:
+    own: which rows, from `rows_of`.
+    rows: these, on axis 1.
+    n_rows: of the whole batch.
+    where: from `batch_sharding`, axis 1.
+  """
+  shape = (rows.shape[0], n_rows, *rows.shape[2:])
+
+  def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
+    assert index is not None  # which jax allows of arrays that have no axes
+    begin, end, _ = index[1].indices(n_rows)
+    first = int(np.searchsorted(own, begin))
+    return rows[:, first : first + end - begin]
+
+  return jax.make_array_from_callback(shape, where, of_device)
 
 
 def _spec(mesh: Any, axes: Sequence[str | None], units: Sequence[int]) -> P:

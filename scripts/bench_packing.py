@@ -85,7 +85,7 @@ def ways(
   def take(arranged: Rows, cfg: config.TrainConfig, step: int):
     items, _ = arranged.items_at(cfg, step)
     useful = int(arranged.tokens[items[items >= 0]].sum())
-    return arranged.part(cfg, step, 0, 1), useful
+    return arranged.part(cfg, step, np.arange(items.shape[1])), useful
 
   plain, cfg = batches()
   plain = plain._replace(length=length)

@@ -26,6 +26,8 @@ FLOORS = {
   'data': 1,
   'quant': 1,
   'parallel': 1,
+  'distributed': 1,
+  'together': 1,
   'checked': 1,
   'models': 2,
   'config': 2,
@@ -45,10 +47,12 @@ OURS = {
   'quant': set(),
   'data': set(),
   'parallel': {'lora'},
+  'distributed': set(),
+  'together': set(),
   'models': {'parallel'},
   'checked': set(),
   'config': {'checked', 'lora'},
-  'formats': {'models.params', 'lora', 'quant', 'parallel'},
+  'formats': {'models.params', 'lora', 'quant', 'parallel', 'together'},
 }
 
 # What a room may import from elsewhere besides the standard library; rooms
@@ -60,6 +64,8 @@ THEIRS = {
   'lora': {'jax', 'numpy'},
   'quant': {'jax', 'numpy'},
   'parallel': {'jax', 'numpy'},
+  'distributed': {'jax'},
+  'together': {'jax', 'numpy'},
   'models': {'jax', 'flax', 'numpy'},
   'data': {
     'numpy', 'tokenizers', 'sentencepiece', 'datasets', 'huggingface_hub',

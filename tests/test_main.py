@@ -138,6 +138,10 @@ COMMAND_LINES = {
   'a value for a section': (['C', '--config.lora=4'], ['--config.lora=4']),
   'an unknown flag': (['C', '--wibble=1'], ['wibble']),
   'a flag of another program': (['C', '-x'], ['x']),
+  'one of several, but of how many': (
+    ['C', '--process=1'],
+    ['--coordinator and --processes missing'],
+  ),
   'a stray word': (['C', 'train'], ["'train' is no flag"]),
   'a stray word after a value': (
     ['C', '--config.lora.rank', '4', 'more'],

@@ -2,7 +2,7 @@
 
 The order is a pure function of (seed, step, global batch): a resumed run needs
 the step number and nothing else, every host works out the same numbers of rows,
-and reads its `part_of` them alone. What is numbered may be rows or packs.
+and reads its own of them alone. What is numbered may be rows or packs.
 Permutations are argsorts of a bit generator's raw output, not
 `Generator.permutation`, whose stream numpy may change between versions: an
 upgrade must not reorder the data of a run that is resumed.
@@ -92,31 +92,6 @@ def walk_of(n_rows: int, seed: int, source: int | None = None) -> Walk:
     return np.concatenate(rows)
 
   return walk
-
-
-def part_of(rows_AB: np.ndarray, index: int, count: int) -> np.ndarray:
-  """What one of `count` hosts reads of a global batch.
-
-  Of each micro-batch a slice of its own: the parts of hosts 0 to count - 1
-  side by side are the batch.
-
-  Args:
-    rows_AB: numbers of the rows, [micro-batches, rows].
-    index: which host.
-    count: of how many.
-
-  Raises:
-    ValueError: a micro-batch has no equal parts for so many.
-
-  >>> part_of(np.arange(8).reshape(2, 4), index=1, count=2).tolist()
-  [[2, 3], [6, 7]]
-  """
-  size, rest = divmod(rows_AB.shape[1], count)
-  if rest or not 0 <= index < count:
-    raise ValueError(
-      f'{rows_AB.shape[1]} rows of a micro-batch: no part {index} of {count}'
-    )
-  return rows_AB[:, index * size : (index + 1) * size]
 
 
 def row_length(tokenized: RowSet, max_length: int, multiple: int = 64) -> int:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax_train import parallel
+from lorax_train import parallel, together
 from lorax_train.errors import ModelError
 from lorax_train.formats import hf_config, safetensors
 from lorax_train.formats.safetensors import TensorRef, few
@@ -57,17 +57,18 @@ def load_params(
   """
   sources = _match(directory, cfg, safetensors.open_dir(directory))
   by_path = {}
-  for param in params_lib.table(cfg):
-    sharding = parallel.sharding(
-      mesh, param.axes, params_lib.axis_units(cfg, param)
-    )
-    by_path[param.path] = _load(
-      param,
-      sources[param.path],
-      params_lib.shape(cfg, param),
-      np.dtype(dtype),
-      sharding,
-    )
+  with together.together():
+    for param in params_lib.table(cfg):
+      sharding = parallel.sharding(
+        mesh, param.axes, params_lib.axis_units(cfg, param)
+      )
+      by_path[param.path] = _load(
+        param,
+        sources[param.path],
+        params_lib.shape(cfg, param),
+        np.dtype(dtype),
+        sharding,
+      )
   _check_finite(directory, cfg, by_path, sources, mesh)
   return params_lib.nest(by_path)
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lorax_train import parallel
 from lorax_train.errors import ConfigError, DataError
 from lorax_train.models.mistral import Cache, Decoder, empty_cache, extend
 
@@ -332,7 +333,7 @@ def _run(
   prefill = lowered.compile()
   start = time.perf_counter()
   cache = prefill(params, ids_BT, positions_BT)
-  tokens_BN = np.asarray(decode(params, cache, *rest))
+  tokens_BN = np.asarray(parallel.fetch(decode(params, cache, *rest)))
   return tokens_BN, time.perf_counter() - start
 
 

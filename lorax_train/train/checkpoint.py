@@ -10,6 +10,9 @@ is the commit marker: a step without a valid one does not exist. Orbax also
 casts, and drops what a tree has no place for, without a word: hence the
 leaves. Keys are not stored: they follow from the seed, which a resumed run
 must share.
+
+Of several processes each writes its part of the state, into a directory that
+all see; process 0 does all else, and what it finds or fails at all are told.
 """
 
 import hashlib
@@ -25,6 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lorax_train.errors import ResumeError, first_and_last, quiet
+from lorax_train.together import first, of_first, together
 
 MANIFEST = 'MANIFEST.json'
 LEAVES = 'leaves.json'
@@ -41,20 +45,31 @@ def save(root: Path, step: int, state: Tree, keep: int) -> None:
     OSError: disk full, no rights; earlier steps are untouched.
   """
   target = root / str(step)
-  shutil.rmtree(target, ignore_errors=True)
-  target.mkdir(parents=True)
+  with together():
+    if first():
+      shutil.rmtree(target, ignore_errors=True)
+      target.mkdir(parents=True)
   try:
     _save_state(target / STATE, state)
-    write_atomically(target / LEAVES, json.dumps(_leaves(state), indent=2))
-    write_atomically(
-      target / MANIFEST,
-      json.dumps({'step': step, 'files': _digests(target)}, indent=2),
-    )
+    with together():
+      if first():
+        _commit(target, step, _leaves(state))
   except BaseException:
-    shutil.rmtree(target, ignore_errors=True)
+    if first():
+      shutil.rmtree(target, ignore_errors=True)
     raise
-  for old in _steps(root)[:-keep]:
-    shutil.rmtree(root / str(old))
+  with together():
+    for old in _steps(root)[:-keep] if first() else ():
+      shutil.rmtree(root / str(old))
+
+
+def _commit(target: Path, step: int, leaves: dict[str, str]) -> None:
+  """Writes what says that the step is whole."""
+  write_atomically(target / LEAVES, json.dumps(leaves, indent=2))
+  write_atomically(
+    target / MANIFEST,
+    json.dumps({'step': step, 'files': _digests(target)}, indent=2),
+  )
 
 
 def restore_latest(
@@ -70,12 +85,22 @@ def restore_latest(
   Raises:
     ResumeError: steps exist but none is valid, or it holds another tree.
   """
+  step = None
+  with together():
+    if first():
+      step = _newest_valid(root, note)
+  step = of_first(step)
+  return None if step is None else _restore(root / str(step), like)
+
+
+def _newest_valid(root: Path, note: Callable[[str], None]) -> int | None:
+  """The step to restore; sets aside what is damaged before it."""
   _clear_unfinished(root, note)
   steps = _steps(root)
   for step in reversed(steps):
     problem = _problem(root / str(step))
     if problem is None:
-      return _restore(root / str(step), like)
+      return step
     aside = root / f'{step}{_CORRUPT}'
     shutil.rmtree(aside, ignore_errors=True)
     (root / str(step)).rename(aside)

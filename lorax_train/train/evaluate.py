@@ -61,7 +61,7 @@ def make_evaluate(
       rows.eval_set, rows.eval_rows, batch_size, rows.length, rows.pad_id
     ):
       micro = {name: batch[name] for name in ('ids', 'labels')}
-      loss, n = eval_step(trainable, frozen, jax.device_put(micro, sharding))
+      loss, n = eval_step(trainable, frozen, parallel.put(micro, sharding))
       total, count = total + float(loss), count + int(n)
     return total / count if count else None
 

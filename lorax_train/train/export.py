@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.formats import peft
 from lorax_train.formats.whole import whole
+from lorax_train.together import first, together
 from lorax_train.train import report
 from lorax_train.train.setup import Adapters
 
@@ -38,9 +40,31 @@ def write_adapter(
       lone tokenizer.model lacks.
     held_out: the result, in words, for the model card.
 
+  Of several processes one alone writes, and all return when it has.
+
   Raises:
     OSError: disk full, no rights; what was there before is untouched.
   """
+  trainable = parallel.fetch(trainable)
+  factors = parallel.fetch(lora.fixed_factors(frozen))
+  frozen = lora.with_fixed_factors(frozen, factors)
+  with together():
+    if first():
+      _write(
+        directory, frozen, trainable, adapters, cfg, base, tokenizer, held_out
+      )
+
+
+def _write(
+  directory: Path,
+  frozen: Tree,
+  trainable: Tree,
+  adapters: Adapters,
+  cfg: TrainConfig,
+  base: str,
+  tokenizer: Tokenizer | None,
+  held_out: str,
+) -> None:
   with whole(
     directory, 'adapter not written, checkpoints are untouched'
   ) as building:

@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_train import config as config_lib
-from lorax_train import lora
+from lorax_train import lora, together
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
 from lorax_train.formats import find, hf, hf_config, safetensors
@@ -34,6 +32,7 @@ from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
 from lorax_train.train.rows import banner_lines
 from lorax_train.train.step import TrainState
+from lorax_train.train.stopping import StopRequests, stop_requests
 
 Tree = Any
 
@@ -47,14 +46,19 @@ def run(cfg: TrainConfig) -> Path:
   """Trains, and returns the directory of the PEFT adapter.
 
   The same configuration again continues where the last run stopped; when it
-  is already done, nothing is computed.
+  is already done, nothing is computed. Of several processes all are called
+  alike, and process 0 alone writes into the run directory.
 
   Raises:
     UserError: see `errors`; its exit_code is the process's.
     OSError: the run directory can't be written.
+    FailedError: of several processes, in place of these, on all of them.
   """
   run_dir = Path(cfg.run_dir).expanduser().absolute()
-  with rundir.locked(run_dir):
+  together.check_same(
+    rundir.versions() | rundir.flat(config_lib.to_mapping(cfg))
+  )
+  with rundir.held(run_dir):
     return _run_locked(cfg, run_dir)
 
 
@@ -64,37 +68,56 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   steps, adapter_dir = cfg.train.steps, run_dir / 'adapter'
 
   # --- configuration and rows before weights: cheap mistakes show first
-  model_dir = find.find_model(cfg.model.path, _WITHOUT_HUB)
-  model_cfg = hf_config.read_config(model_dir)
-  weights = safetensors.open_dir(model_dir)
-  adapters = setup.plan_adapters(cfg, model_cfg)
-  mesh = setup.make_mesh(cfg)
-  rows = setup.read_rows(cfg, model_dir, model_cfg)
-  inputs = {
-    'data': rows.fingerprint,
-    'weights': safetensors.fingerprint(weights),
-  }
-  rundir.check_same_run(run_dir, mapping, inputs)
+  with together.together():
+    model_dir = find.find_model(cfg.model.path, _WITHOUT_HUB)
+    model_cfg = hf_config.read_config(model_dir)
+    weights = safetensors.open_dir(model_dir)
+    adapters = setup.plan_adapters(cfg, model_cfg)
+    mesh = setup.make_mesh(cfg)
+    rows = setup.read_rows(cfg, model_dir, model_cfg)
+    inputs = {
+      'data': rows.fingerprint,
+      'weights': safetensors.fingerprint(weights),
+    }
+    shapes, _ = setup.abstract(cfg, adapters)
+  together.check_same(inputs)
+  with together.together():
+    if together.first():
+      rundir.check_same_run(run_dir, mapping, inputs)
   model_cfg = adapters.model_cfg
-  shapes, _ = setup.abstract(cfg, adapters)
   say(report.banner(cfg, shapes, adapters.all_names, mesh,
                     banner_lines(cfg, rows), run_dir))  # fmt: skip
+  if together.several():
+    say(
+      f'processes  {jax.process_count()}, of {jax.local_device_count()}'
+      ' device(s) each'
+    )
   chosen = samples.choose(rows, cfg.eval.samples)
-  done = checkpoint.latest_step(run_dir / 'checkpoints') or 0
-  if done > steps:
-    raise ConfigError(f'train.steps={steps}: {run_dir} is at step {done}')
-  if done == steps and adapter_dir.is_dir():
+  done, exported = together.of_first(
+    [
+      checkpoint.latest_step(run_dir / 'checkpoints') or 0,
+      adapter_dir.is_dir(),
+    ]
+  )
+  with together.together():
+    if done > steps:
+      raise ConfigError(f'train.steps={steps}: {run_dir} is at step {done}')
+  if done == steps and exported:
     say(f'already done: {steps} steps')
-    say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done)))
+    if together.first():
+      say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done)))
     return adapter_dir
-  rundir.write_config(run_dir, mapping, inputs)
+  with together.together():
+    if together.first():
+      rundir.write_config(run_dir, mapping, inputs)
 
-  with jax.set_mesh(mesh), _stop_requests() as stop:
+  with jax.set_mesh(mesh), stop_requests() as stop:
     # --- weights onto the mesh, factors beside them
     began = time.monotonic()
     param_dtype = jnp.dtype(cfg.model.param_dtype)
-    params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
-    frozen, trainable = setup.split(cfg, params, adapters)
+    with together.together():
+      params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
+      frozen, trainable = setup.split(cfg, params, adapters)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint
@@ -102,9 +125,10 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     like = setup.abstract_state(tx, frozen, trainable, mesh)
     state = setup.init_state(tx, trainable, like)
     factors = setup.shapes_of(lora.fixed_factors(frozen))
-    found = checkpoint.restore_latest(
-      run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
-    )
+    with together.together():
+      found = checkpoint.restore_latest(
+        run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
+      )
     if found is not None:
       frozen = lora.with_fixed_factors(frozen, found.fixed_factors)
       state = found._replace(fixed_factors=None)
@@ -129,7 +153,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     progress = Progress(start, steps)
     make = functools.partial(rows.batch, cfg, mesh)
     with (
-      contextlib.closing(MetricsLog(run_dir, start)) as log,
+      contextlib.closing(_log(run_dir, start)) as log,
       made_ahead(make, range(start, steps)) as batches,
     ):
       look = _make_look(run_dir, evaluate, answer, chosen, log, progress)
@@ -150,10 +174,17 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       rows.tokenizer,
       report.held_out(log.lines),
     )
-  if chosen:
-    say('\n' + samples.before_and_after(chosen, log.lines))
-  say(report.end_card(run_dir, model_dir, log.lines))
+  with together.together():
+    if together.first():
+      if chosen:
+        say('\n' + samples.before_and_after(chosen, log.lines))
+      say(report.end_card(run_dir, model_dir, log.lines))
   return adapter_dir
+
+
+def _log(run_dir: Path, start: int) -> MetricsLog:
+  with together.together():
+    return MetricsLog(run_dir, start, writes=together.first())
 
 
 def _is_file(path: str) -> bool:
@@ -172,12 +203,18 @@ def _make_look(
 
   def look(at: int, trainable: Tree) -> None:
     loss = evaluate(trainable)
-    if loss is not None:
-      log.write(at, eval_loss=loss)
-      progress.held_out(at, loss)
     texts = answer(trainable)
-    if texts:
-      log.write(at, samples=texts)
+    with together.together():
+      if loss is not None:
+        log.write(at, eval_loss=loss)
+        progress.held_out(at, loss)
+      if texts:
+        log.write(at, samples=texts)
+      if together.first():
+        draw()
+
+  def draw() -> None:
+    if samples.by_step(log.lines):
       text = samples.to_markdown(chosen, log.lines)
       (run_dir / samples.FILE).write_text(text, 'utf-8')
     plot.loss_curve(log.lines, run_dir / plot.FILE)
@@ -193,7 +230,7 @@ def _train(
   state: TrainState,
   frozen: Tree,
   batches: Ahead[tuple[dict[str, jax.Array], int]],
-  stop: list[str],
+  stop: StopRequests,
   log: MetricsLog,
   progress: Progress,
 ) -> TrainState:
@@ -214,7 +251,7 @@ def _train(
   for at in range(start + 1, steps + 1):
     # A stop asked for after the last step's own look at it takes one more
     # step, which is then saved.
-    if stop and saved == at - 1:
+    if stop.name and saved == at - 1:
       break
     # One step is computed and one waits, or batches would pile up. Where the
     # next batch is late, waiting counts from when the devices have no more to
@@ -227,24 +264,28 @@ def _train(
     length = batch['ids'].shape[-1]
     state, measured = compiled[length](state, frozen, batch)
     pending.append((measured, tokens))
-    last = at == steps or bool(stop)
+    stop.vote()
+    last = at == steps or bool(stop.name)
     save = last or at % cfg.checkpoint.every == 0
     held_out = at == steps or at % cfg.eval.every == 0
     if save or held_out or at % cfg.train.log_every == 0:
-      _flush(pending, at, began, waited, schedule, log, progress)
+      with together.together():
+        _flush(pending, at, began, waited, schedule, log, progress)
       if held_out:
         look(at, state.trainable)
       if save:
-        log.sync()
+        with together.together():
+          log.sync()
         kept = state._replace(fixed_factors=lora.fixed_factors(frozen))
         checkpoint.save(run_dir / 'checkpoints', at, kept, cfg.checkpoint.keep)
         saved = at
       pending, waited, began = [], 0.0, time.monotonic()
-  if int(state.step) < steps:
-    raise StoppedError(
-      f'stopped by {stop[0]} at step {int(state.step)} of {steps}, nothing'
-      ' lost: run the same command again to continue'
-    )
+  with together.together():
+    if int(state.step) < steps:
+      raise StoppedError(
+        f'stopped by {stop.name} at step {int(state.step)} of {steps}, nothing'
+        ' lost: run the same command again to continue'
+      )
   return state
 
 
@@ -280,26 +321,3 @@ def _flush(
   progress.report(
     at, loss, float(schedule(at - 1)), tps, seconds, waited / seconds
   )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-  """Collects SIGTERM and ctrl-C; a second one acts at once, as usual."""
-  asked: list[str] = []
-  if threading.current_thread() is not threading.main_thread():
-    yield asked  # only the main thread may set handlers
-    return
-  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-  def ask(number: int, _frame: Any) -> None:
-    asked.append(signal.Signals(number).name)
-    for s, handler in before.items():
-      signal.signal(s, handler)
-
-  for s in before:
-    signal.signal(s, ask)
-  try:
-    yield asked
-  finally:
-    for s, handler in before.items():
-      signal.signal(s, handler)

@@ -26,11 +26,17 @@ class MetricsLog:
     lines: all of them, those of earlier runs included.
   """
 
-  def __init__(self, run_dir: Path, resumed_at: int):
-    """Opens the file and keeps the lines of steps up to `resumed_at`."""
+  def __init__(self, run_dir: Path, resumed_at: int, writes: bool = True):
+    """Opens the file and keeps the lines of steps up to `resumed_at`.
+
+    Of several processes one alone writes; the others keep the lines.
+    """
+    self.lines = read(run_dir, resumed_at)
+    self._writes = writes
+    if not writes:
+      return
     from tensorboardX import SummaryWriter
 
-    self.lines = read(run_dir, resumed_at)
     # In one move: a crash now must not take the lines that were kept.
     text = ''.join(json.dumps(line) + '\n' for line in self.lines)
     write_atomically(run_dir / FILE, text)
@@ -44,6 +50,8 @@ class MetricsLog:
   def write(self, step: int, **values: Any) -> None:
     """One line; floats are written so that they read back equal."""
     self.lines.append({'step': step, **values})
+    if not self._writes:
+      return
     self._file.write(json.dumps(self.lines[-1]) + '\n')
     self._file.flush()
     for key, value in values.items():
@@ -52,13 +60,15 @@ class MetricsLog:
 
   def sync(self) -> None:
     """Brings what was written to the disk."""
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    if self._writes:
+      self._file.flush()
+      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     """Closes the files."""
-    self._file.close()
-    self._board.close()
+    if self._writes:
+      self._file.close()
+      self._board.close()
 
 
 class Progress:

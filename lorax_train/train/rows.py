@@ -96,16 +96,21 @@ class Rows(NamedTuple):
     return items.reshape(shape), length
 
   def part(
-    self, cfg: TrainConfig, step: int, index: int, count: int
+    self, cfg: TrainConfig, step: int, own: np.ndarray
   ) -> dict[str, np.ndarray]:
-    """What host `index` of `count` reads of the batch at `step`.
+    """Some of the rows of the batch at `step`: what a host reads of it.
+
+    Args:
+      cfg: the run.
+      step: number of the step.
+      own: which rows of each micro-batch.
 
     Returns:
       ids and labels [micro-batches, rows, tokens], of packs also segments and
       positions. No mask: causal attention never looks at padding on the right.
     """
     items, length = self.items_at(cfg, step)
-    return self._read(batches.part_of(items, index, count), length)
+    return self._read(items[:, own], length)
 
   def _read(self, part_AB: np.ndarray, length: int) -> dict[str, np.ndarray]:
     own = part_AB.ravel()
@@ -126,11 +131,13 @@ class Rows(NamedTuple):
       What `part` gives, of all hosts, on the mesh.
     """
     items, length = self.items_at(cfg, step)
-    own = batches.part_of(items, *parallel.batch_part(mesh))
-    part = self._read(own, length)
-    placed = jax.make_array_from_process_local_data(
-      parallel.batch_sharding(mesh, axis=1), part, (*items.shape, length)
-    )
+    n_rows = cfg.train.batch_size
+    own = parallel.rows_of(mesh, n_rows)
+    where = parallel.batch_sharding(mesh, axis=1)
+    placed = {
+      name: parallel.put_rows(own, rows, n_rows, where)
+      for name, rows in self._read(items[:, own], length).items()
+    }
     return placed, int(self.tokens[items[items >= 0]].sum())
 
   def shapes(

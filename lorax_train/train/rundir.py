@@ -10,12 +10,15 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax_train import config as config_lib
-from lorax_train.errors import LockedError, ResumeError
+from lorax_train.errors import ConfigError, LockedError, ResumeError
+from lorax_train.together import first, of_first, several, together
 from lorax_train.train.checkpoint import write_atomically
 
 CONFIG = 'config.json'
@@ -39,6 +42,55 @@ _FREE = (
   'run_dir',
   'train.log_every',
 )
+
+
+# How long what one host wrote may take to be seen by another.
+_SEEN_WITHIN_S = 15
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+  """`locked` by process 0, in a directory that all processes of a run share.
+
+  Raises:
+    ConfigError: some process sees another directory under that name.
+    LockedError: see `locked`, as for OSError.
+  """
+  with contextlib.ExitStack() as stack:
+    with together():
+      if first():
+        stack.enter_context(locked(run_dir))
+    if several():
+      _check_shared(run_dir)
+    yield
+
+
+def _check_shared(run_dir: Path) -> None:
+  # A name that nobody has asked for before: what is not there is cached too.
+  token = run_dir / of_first(f'.seen-{secrets.token_hex(8)}')
+  try:
+    with together():
+      if first():
+        token.touch()
+    with together():
+      if not _appears(token):
+        raise ConfigError(
+          f'run_dir {run_dir}: another directory here than for process 0: give'
+          ' one on a file system that all hosts share'
+        )
+  finally:
+    if first():
+      token.unlink(missing_ok=True)
+
+
+def _appears(path: Path) -> bool:
+  """Whether a file is there, or comes in time."""
+  patience = time.monotonic() + _SEEN_WITHIN_S
+  while not path.exists():
+    if time.monotonic() > patience:
+      return False
+    time.sleep(0.5)
+  return True
 
 
 @contextlib.contextmanager

@@ -247,7 +247,6 @@ def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
   """
   try:
     mesh = parallel.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    parallel.batch_part(mesh)  # that there is one
   except ValueError as error:
     raise ConfigError(str(error)) from None
   ways = parallel.batch_ways(mesh)
@@ -279,8 +278,8 @@ def split(
     )
 
   return (
-    jax.device_put(frozen, parallel.frozen_shardings(frozen)),
-    jax.device_put(trainable, parallel.trainable_shardings(frozen, trainable)),
+    parallel.put(frozen, parallel.frozen_shardings(frozen)),
+    parallel.put(trainable, parallel.trainable_shardings(frozen, trainable)),
   )
 
 

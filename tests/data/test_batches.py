@@ -11,7 +11,6 @@ from lorax_train.data.batches import (
   eval_batches,
   pad_batch,
   pad_packs,
-  part_of,
   row_length,
   row_order,
   shuffled,
@@ -196,20 +195,6 @@ def test_rows_by_their_numbers():
   np.testing.assert_array_equal(
     batch['labels'], np.where(batch['mask'], expected, _)
   )
-
-
-@pytest.mark.parametrize('count', [1, 2, 3, 6])
-def test_the_parts_of_all_hosts_are_the_batch(count):
-  rows = np.arange(12).reshape(2, 6)
-  parts = [part_of(rows, index, count) for index in range(count)]
-  assert {part.shape for part in parts} == {(2, 6 // count)}
-  np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows)
-
-
-@pytest.mark.parametrize('index, count', [(0, 4), (0, 12), (2, 2), (-1, 2)])
-def test_a_part_that_there_is_not(index, count):
-  with pytest.raises(ValueError, match=f'no part {index} of {count}'):
-    part_of(np.arange(12).reshape(2, 6), index, count)
 
 
 def test_sources_have_orders_of_their_own():

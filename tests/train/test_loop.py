@@ -298,6 +298,32 @@ def test_a_step_is_compiled_once(tiny_model, rows_file, tmp_path):
   assert count(7) == count(3)
 
 
+@pytest.mark.compat
+@pytest.mark.parametrize(('lengths', 'steps'), [('', 50), ('24,40', 8)])
+def test_of_rows_of_all_lengths_the_step_is_compiled_once(
+  lengths, steps, tiny_model, tokens_file, tmp_path, capsys
+):
+  """jax itself counts; with buckets, once for each of their lengths."""
+  compiled = []
+
+  def listen(event, _seconds, **facts):
+    if event == '/jax/core/compile/backend_compile_duration':
+      compiled.append(facts['fun_name'])
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  loop.run(
+    make_config(
+      tiny_model, tokens_file, tmp_path / 'run',
+      data={'template': 'tokens', 'max_length': 40, 'buckets': lengths},
+      train={'steps': steps}, checkpoint={'every': 50}, eval={'rows': 0},
+    )
+  )  # fmt: skip
+  jax.monitoring.unregister_event_duration_listener(listen)
+  assert compiled.count('jit(train_step)') == 1 + bool(lengths)
+  said = capsys.readouterr().out
+  assert ('(for 24, 40 tokens)' in said) == bool(lengths)
+
+
 def test_fewer_rows_than_a_batch_repeat(tiny_model, rows_file, tmp_path):
   rows = json.loads(rows_file.read_text())[:3]
   rows_file.write_text(json.dumps(rows))

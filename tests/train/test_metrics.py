@@ -51,6 +51,15 @@ def test_what_is_written_reads_back(tmp_path):
   assert [one['loss'] for one in read(tmp_path)] == numbers
 
 
+def test_who_does_not_write_keeps_the_lines(tmp_path):
+  log = MetricsLog(tmp_path, 0, writes=False)
+  log.write(1, loss=0.5)
+  log.sync()
+  log.close()
+  assert log.lines == [{'step': 1, 'loss': 0.5}]
+  assert not list(tmp_path.iterdir())
+
+
 # (what is on disk, step of the checkpoint, how many lines of it stay)
 CUTS = {
   'a fresh start keeps nothing': (WHOLE, 0, 0),

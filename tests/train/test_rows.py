@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from lorax_train import config, parallel
-from lorax_train.data import batches
 from lorax_train.errors import DataError, ResumeError
 from lorax_train.formats import hf_config
 from lorax_train.train import evaluate, inspection, loop, setup
@@ -94,7 +93,7 @@ def read_by(kind, sizes, hosts, steps=range(STEPS)):
   cfg, rows = rows_of(kind, sizes)
   for index in range(hosts):
     of_hosts.append(
-      [batches.part_of(rows.items_at(cfg, s)[0], index, hosts) for s in steps]
+      [np.split(rows.items_at(cfg, s)[0], hosts, axis=1)[index] for s in steps]
     )
   return np.concatenate(of_hosts, axis=2)
 
@@ -216,21 +215,25 @@ def test_nothing_may_be_held_out_whole():
 
 # --- arrays on devices
 
-# (mesh, hosts, the part that each host has)
+# (mesh, the host of each of its devices in order, the rows that each has)
 HOSTS = [
-  ((8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
-  ((2, 4, 1), 2, [(0, 2), (1, 2)]),
-  ((1, 8, 1), 8, [(n, 8) for n in range(8)]),
-  ((2, 1, 4), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two share their rows
-  ((1, 1, 8), 2, [(0, 1), (0, 1)]),
-  ((4, 2, 1), 1, [(0, 1)]),
+  ((8, 1, 1), '00112233', ['01', '23', '45', '67']),
+  ((2, 4, 1), '00001111', ['0123', '4567']),
+  ((1, 8, 1), '01234567', '01234567'),
+  ((2, 1, 4), '00112233', ['0123', '0123', '4567', '4567']),  # two share theirs
+  ((1, 1, 8), '00001111', ['01234567'] * 2),
+  ((4, 2, 1), '00000000', ['01234567']),
+  # As jax.make_mesh puts the devices of a v5e 4x4, of its 16 every second ...
+  ((1, 8, 1), '00110221', ['014', '237', '56']),
+  # ... and of a v4 2x2x4, whose hosts take turns.
+  ((1, 8, 1), '01230123', ['04', '15', '26', '37']),
 ]
 
 
-@pytest.mark.parametrize(('sizes', 'hosts', 'want'), HOSTS)
+@pytest.mark.parametrize(('sizes', 'layout', 'want'), HOSTS)
 def test_hosts_put_their_parts_together(
   sizes,
-  hosts,
+  layout,
   want,
   tiny_model,
   tokens_file,
@@ -242,32 +245,43 @@ def test_hosts_put_their_parts_together(
   )  # fmt: skip
   rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
   mesh = parallel.make_mesh(*sizes)
-  host_of = {d: d.id * hosts // 8 for d in mesh.devices.flat}
-  parts = [
-    parallel.batch_part(mesh, host, host_of.__getitem__)
-    for host in range(hosts)
+  host_of = dict(zip(mesh.devices.flat, map(int, layout), strict=True))
+  of_hosts = [
+    parallel.rows_of(mesh, 8, host, host_of.__getitem__)
+    for host in range(len(want))
   ]
-  assert parts == want
+  assert [''.join(map(str, own)) for own in of_hosts] == [*want]
   placed, _ = rows.batch(cfg, mesh, 3)
-  read = [rows.part(cfg, 3, *part) for part in parts]
+  read = [rows.part(cfg, 3, own) for own in of_hosts]
   for name, array in placed.items():
     # Each device holds what its host has read, at the place it has there.
     for shard in array.addressable_shards:
       host = host_of[shard.device]
-      index, count = parts[host]
-      begin = shard.index[1].start or 0
-      begin -= index * (8 // count)
-      n = shard.data.shape[1]
-      own = read[host][name][:, begin : begin + n]
+      of_device = np.arange(8)[shard.index[1]]
+      own = read[host][name][:, np.isin(of_hosts[host], of_device)]
       np.testing.assert_array_equal(shard.data, own, strict=True)
+      assert own.shape[1] == len(of_device)
 
 
-def test_rows_that_do_not_lie_side_by_side_are_refused():
-  mesh = parallel.make_mesh(8, 1, 1)
-  with pytest.raises(ValueError, match=r'has parts \[1, 3, 5, 7\] of 8'):
-    parallel.batch_part(mesh, 1, lambda device: device.id % 2)
-  with pytest.raises(ValueError, match=r'parts \[1, 2\] of 8'):
-    parallel.batch_part(mesh, 1, lambda device: int(device.id in (1, 2)))
+@pytest.mark.parametrize('own', [[0, 1, 4, 5], [2, 3, 6, 7], [*range(8)]])
+def test_rows_find_their_devices_from_where_a_host_has_them(own, monkeypatch):
+  """jax asks for the rows of devices; a host has only its own to give."""
+  asked = {}
+
+  def callback(shape, where, give):
+    begins = [b for b in range(0, 8, 2) if b in own]
+    for begin in begins:
+      asked[begin] = give((slice(None), slice(begin, begin + 2)))
+    return shape, where
+
+  monkeypatch.setattr(jax, 'make_array_from_callback', callback)
+  whole = np.arange(2 * 8 * 3).reshape(2, 8, 3)
+  own = np.array(own)
+  shape, where = parallel.put_rows(own, whole[:, own], 8, 'where')
+  assert (shape, where) == (whole.shape, 'where')
+  assert len(asked) == len(own) // 2
+  for begin, got in asked.items():
+    np.testing.assert_array_equal(got, whole[:, begin : begin + 2])
 
 
 def test_shapes_are_those_of_the_batches(

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from lorax_train import config
-from lorax_train.errors import LockedError, ResumeError
+from lorax_train.errors import ConfigError, LockedError, ResumeError
 from lorax_train.train import rundir
 
 HOLDER = """
@@ -70,6 +70,35 @@ def test_a_second_process_is_kept_out_until_the_first_dies(tmp_path):
     holder.communicate()
   with rundir.locked(run_dir):
     assert (run_dir / 'LOCK').read_text() != f'pid {holder.pid}\n'
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_directory_that_a_process_does_not_share(
+  shared, tmp_path, monkeypatch
+):
+  """Process 0 has left a file in its own; this is another process."""
+  monkeypatch.setattr(rundir, 'several', lambda: True)
+  monkeypatch.setattr(rundir, 'first', lambda: False)
+  monkeypatch.setattr(rundir, 'of_first', lambda own: '.seen-1')
+  monkeypatch.setattr(rundir, '_SEEN_WITHIN_S', 0.1)
+  if shared:
+    (tmp_path / '.seen-1').touch()
+    with rundir.held(tmp_path):
+      # The lock is process 0's.
+      assert [path.name for path in tmp_path.iterdir()] == ['.seen-1']
+  else:
+    with (
+      pytest.raises(ConfigError, match='on a file system that all hosts share'),
+      rundir.held(tmp_path),
+    ):
+      raise AssertionError('no two directories are one')
+
+
+def test_alone_a_directory_is_locked_and_nothing_else(tmp_path):
+  with rundir.held(tmp_path):
+    assert [path.name for path in tmp_path.iterdir()] == ['LOCK']
+    with pytest.raises(LockedError), rundir.held(tmp_path):
+      raise AssertionError('two writers')
 
 
 def test_the_lock_is_free_after_an_error(tmp_path):
