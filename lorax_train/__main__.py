@@ -299,6 +299,43 @@ def validate(argv: Sequence[str]) -> int:
   return report['exit_code']
 
 
+def plan(argv: Sequence[str]) -> int:
+  """Say whether a run fits its devices, and how fast it can be at best."""
+  parser = _Parser(
+    'lorax-train plan',
+    description=plan.__doc__,
+    usage='%(prog)s --config FILE [--config.a.b=v ...] [--topology NAME]'
+    ' [--formula] [--json]\n'
+    '       %(prog)s --model NAME [--topology NAME] [--formula] [--json]',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--json', **_SHARED['--json'])
+  parser.add_argument(
+    '--topology', default='', help='v5e-16, v5p:2x2x2, h100-8 ...; those here'
+  )
+  parser.add_argument(
+    '--formula', action='store_true', help='without the compiler: in seconds'
+  )
+  parser.add_argument(
+    '--model', help='in place of --config: directory, config.json, or a size'
+  )
+  args, of_config = parser.parse_known_args(argv)
+  if args.model and of_config:
+    parser.error(f'{of_config[0]} does not go with --model')
+  from lorax_train import main
+
+  if not args.model:
+    cfg = main.parse(['lorax-train plan', *of_config])
+  from lorax_train.plan import story as room
+  from lorax_train.plan import text
+
+  if args.model:
+    cfg = room.of_model(args.model, args.topology)
+  found = room.plan(cfg, args.topology, args.formula)
+  _write(json.dumps(found) if args.json else text.text(found))
+  return 0
+
+
 def inspect(argv: Sequence[str]) -> int:
   """Say what a model, an adapter, a run or a checkpoint is."""
   parser = _parser('inspect', inspect.__doc__, '--json')
@@ -320,6 +357,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
   'eval': evaluate,
   'data': data,
   'validate': validate,
+  'plan': plan,
   'inspect': inspect,
 }
 

@@ -21,9 +21,10 @@ def main(argv: Sequence[str]) -> int:
   try:
     options, rest = distributed.options_of(argv)
     cfg = parse(rest)
-    from lorax_train.train import start  # brings in flax: after the typos
+    from lorax_train.plan import verdict  # brings in flax: after the typos
+    from lorax_train.train import start
 
-    return start.run(cfg, options)
+    return start.run(cfg, options, verdict.prepare)
   except (errors.UserError, OSError, KeyboardInterrupt) as error:
     return errors.report(error)
 

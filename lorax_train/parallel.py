@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorax_train.lora import Adapter, Fixed, Original, is_trained
@@ -53,16 +53,7 @@ def make_mesh(
     ValueError: sizes that don't multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = [data, fsdp, tensor]
-  known = math.prod(s for s in sizes if s > 0)
-  if sizes.count(-1) == 1 and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if min(sizes) < 1 or math.prod(sizes) != len(devices):
-    raise ValueError(
-      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover'
-      f' {len(devices)} device(s): the sizes must multiply to that number, and'
-      ' one of them may be -1 for the rest'
-    )
+  sizes = mesh_sizes(data, fsdp, tensor, len(devices))
   types = (AxisType.Auto,) * 3
   n_slices = len({getattr(d, 'slice_index', 0) for d in devices})
   if n_slices > 1 and devices[0].platform == 'tpu':
@@ -85,6 +76,27 @@ def _of_slices(
   return mesh_utils.create_hybrid_device_mesh(within, across, devices)
 
 
+def abstract_mesh(data: int, fsdp: int, tensor: int, n: int) -> AbstractMesh:
+  """A mesh of n devices that nobody has; see `make_mesh`."""
+  sizes = mesh_sizes(data, fsdp, tensor, n)
+  return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, n: int) -> tuple[int, ...]:
+  """Sizes of the axes of a mesh of n devices; see `make_mesh`."""
+  sizes = [data, fsdp, tensor]
+  known = math.prod(s for s in sizes if s > 0)
+  if sizes.count(-1) == 1 and n % known == 0:
+    sizes[sizes.index(-1)] = n // known
+  if min(sizes) < 1 or math.prod(sizes) != n:
+    raise ValueError(
+      f'mesh data={data} fsdp={fsdp} tensor={tensor} does not cover'
+      f' {n} device(s): the sizes must multiply to that number, and'
+      ' one of them may be -1 for the rest'
+    )
+  return tuple(sizes)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Says where an activation lives, by logical axes; outside a mesh, x.
 
@@ -93,8 +105,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  spec = _spec(mesh, axes, x.shape)
-  return jax.lax.with_sharding_constraint(x, spec)
+  return jax.lax.with_sharding_constraint(x, partition(mesh, axes, x.shape))
 
 
 def sharding(
@@ -108,7 +119,7 @@ def sharding(
     units: into how many parts each axis may be cut; an axis whose units the
       mesh axis does not divide stays whole on each device.
   """
-  return NamedSharding(mesh, _spec(mesh, axes, units))
+  return NamedSharding(mesh, partition(mesh, axes, units))
 
 
 def adapter_sharding(fixed: Fixed, adapter: Adapter) -> Adapter:
@@ -291,7 +302,8 @@ def put_rows(
   return jax.make_array_from_callback(shape, where, of_device)
 
 
-def _spec(mesh: Any, axes: Sequence[str | None], units: Sequence[int]) -> P:
+def partition(mesh: Any, axes: Sequence[str | None], units: Sequence[int]) -> P:
+  """The mesh axes that cut each axis, see `sharding`."""
   parts: list[str | tuple[str, ...] | None] = []
   for axis, n in zip(axes, units, strict=True):
     rule = None if axis is None else AXIS_RULES[axis]

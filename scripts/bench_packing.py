@@ -21,7 +21,6 @@ padding not counted.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from lorax_train import config, parallel
 from lorax_train.data import prepare, tokenize
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
+from lorax_train.plan.flops import flops
 from lorax_train.train import optim, setup
 from lorax_train.train import rows as rows_lib
 from lorax_train.train import step as step_lib
@@ -155,9 +155,6 @@ def count(
   steps: int,
 ) -> dict[str, Total]:
   """Counts the FLOPs of steps of MISTRAL_7B in each way."""
-  sys.path.insert(0, str(ROOT))
-  from tests.flops import flops
-
   adapters = setup.plan_adapters(cfg, MISTRAL_7B)
   frozen, trainable = setup.abstract(cfg, adapters)
   tx = optim.make_optimizer(setup.optim_config(cfg))

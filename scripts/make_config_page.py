@@ -29,7 +29,7 @@ def page() -> str:
     '# Configuration',
     '',
     'Written by `python scripts/make_config_page.py` from'
-    ' `lorax_train/config.py`. A key is set in the config file or on the'
+    ' `lorax_train/sections.py`. A key is set in the config file or on the'
     ' command line, `--config.train.steps=100`.',
     '',
     '| key | default | what |',

@@ -30,6 +30,7 @@ FLOORS = {
   'together': 1,
   'checked': 1,
   'models': 2,
+  'sections': 2,
   'config': 2,
   'formats': 3,
   'infer': 3,
@@ -51,7 +52,8 @@ OURS = {
   'together': set(),
   'models': {'parallel'},
   'checked': set(),
-  'config': {'checked', 'lora'},
+  'sections': {'checked'},
+  'config': {'checked', 'lora', 'sections'},
   'formats': {'models.params', 'lora', 'quant', 'parallel', 'together'},
 }
 
@@ -60,6 +62,7 @@ OURS = {
 THEIRS = {
   'errors': set(),
   'checked': set(),
+  'sections': set(),
   'config': set(),
   'lora': {'jax', 'numpy'},
   'quant': {'jax', 'numpy'},

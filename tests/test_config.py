@@ -141,7 +141,7 @@ MISTAKES = [
   ('data.packing', 'best', ["'best'", 'str', 'bool']),
   ('data.truncation', 'middle', ['drop, left, right, error']),
   ('data.cache', 'DIR', ["'DIR'", 'str', 'bool']),
-  ('model.remat', 'some', ['none, dots, full']),
+  ('model.remat', 'some', ['auto, none, dots, mlp, full']),
   ('method', 'full', ["'full'", 'lora']),
   ('model.quant', 'nf4', ["'nf4'", 'none']),
   # not a section

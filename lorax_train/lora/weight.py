@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 Array = Any
 
@@ -156,13 +157,13 @@ class LoraWeight:
       return base + update
     g = _over_rows(self._gain(), base).astype(base.dtype)
     if seen is x:
-      return g * (base + update)
+      return g * checkpoint_name(base + update, 'before_magnitude')
     # As PEFT: what m adds to the base is an update, and so sees dropout.
     return base + (g - 1) * product(seen, self.w, out_dtype) + g * update
 
   def _branch(self, x: Array, a: Array, b: Array, out_dtype: Any) -> Array:
     u = _contract(x, a.astype(x.dtype), -1)
-    u = u * over(self.scale, u).astype(u.dtype)
+    u = checkpoint_name(u * over(self.scale, u).astype(u.dtype), 'low_rank')
     return _contract(u, b.astype(x.dtype), -2, out_dtype)
 
   def _gain(self) -> Array:

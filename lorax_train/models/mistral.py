@@ -19,20 +19,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
-from lorax_train.models import ops
+from lorax_train.models import ops, remat
 from lorax_train.models import params as params_lib
 from lorax_train.models.attention import (
+  Kernel,
+  Packed,
   attention,
   masked_attention,
+  padded_attention,
   visible,
-  visible_in_segment,
 )
 from lorax_train.models.params import DecoderConfig, RopeScaling
 from lorax_train.parallel import constrain
 
 Array = Any
-REMAT_POLICIES = ('none', 'dots', 'full')
 KeysValues = tuple[Array, Array]  # [B, S, K, H] each; [L, ...] over layers
 
 
@@ -55,19 +57,20 @@ class Attention(nn.Module):
   """Grouped-query attention with rotary positions and a sliding window."""
 
   cfg: DecoderConfig
+  kernel: Kernel = 'xla'
 
   @nn.compact
   def __call__(
     self,
     x_BTD: Array,
     rope_BTH: Array,
-    mask: Array | None,
+    mask: Array | Packed | None,
     past: KeysValues | None = None,
   ) -> tuple[Array, KeysValues]:
     """[B, T, D] -> [B, T, D], and the keys and values of these T tokens.
 
-    `mask` is [B, S]; or [B, 1, T, S], with a past [B, 1, T, past and T], and
-    the whole truth.
+    `mask` is of packs; [B, S]; or, with a past, [B, 1, T, past and T], and the
+    whole truth.
     """
     cfg = self.cfg
     w_q, w_k, w_v, w_o = (
@@ -78,14 +81,20 @@ class Attention(nn.Module):
     k_BSKH = _heads(ops.dot(x_BTD, w_k), cfg.kv_heads, 'kv_heads')
     v_BSKH = _heads(ops.dot(x_BTD, w_v), cfg.kv_heads, 'kv_heads')
     q_BTNH, k_BSKH = rotate(q_BTNH, rope_BTH), rotate(k_BSKH, rope_BTH)
+    q_BTNH = checkpoint_name(q_BTNH, 'q')
+    k_BSKH = checkpoint_name(k_BSKH, 'k')
+    v_BSKH = checkpoint_name(v_BSKH, 'v')
     new = k_BSKH, v_BSKH
     if past is not None:
       k_BSKH = jnp.concatenate((past[0], k_BSKH), axis=1)
       v_BSKH = jnp.concatenate((past[1], v_BSKH), axis=1)
-    if mask is None or mask.ndim == 2:
-      out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, cfg.window, mask)
+    qkv = q_BTNH, k_BSKH, v_BSKH
+    if mask is None or isinstance(mask, Packed):
+      out_BTNH = attention(*qkv, cfg.window, mask, self.kernel)
+    elif mask.ndim == 2:
+      out_BTNH = padded_attention(*qkv, cfg.window, mask)
     else:
-      out_BTNH = masked_attention(q_BTNH, k_BSKH, v_BSKH, mask)
+      out_BTNH = masked_attention(*qkv, mask)
     out_BTE = out_BTNH.reshape(*x_BTD.shape[:2], cfg.heads * cfg.head_dim)
     return ops.dot(out_BTE, w_o), new
 
@@ -102,7 +111,8 @@ class Mlp(nn.Module):
       weight(self, self.cfg, name)
       for name in ('gate_proj', 'up_proj', 'down_proj')
     )
-    gate_BTF, up_BTF = ops.dot(x_BTD, w_gate), ops.dot(x_BTD, w_up)
+    gate_BTF = checkpoint_name(ops.dot(x_BTD, w_gate), 'gate')
+    up_BTF = checkpoint_name(ops.dot(x_BTD, w_up), 'up')
     h_BTF = constrain(nn.silu(gate_BTF) * up_BTF, 'batch', None, 'mlp')
     return ops.dot(h_BTF, w_down)
 
@@ -111,22 +121,23 @@ class Block(nn.Module):
   """One layer: attention and MLP, each behind a norm and around a residual."""
 
   cfg: DecoderConfig
+  kernel: Kernel = 'xla'
 
   @nn.compact
   def __call__(
     self,
     x_BTD: Array,
     rope_BTH: Array,
-    mask: Array | None,
+    mask: Array | Packed | None,
     past: KeysValues | None = None,
   ) -> tuple[Array, KeysValues | None]:
     """The carry of the layer scan; stacked, with a past, keys and values."""
     cfg = self.cfg
     norm = functools.partial(rms_norm, eps=cfg.norm_eps)
     h_BTD = norm(x_BTD, weight(self, cfg, 'input_layernorm'))
-    attend = Attention(cfg, name='self_attn')
+    attend = Attention(cfg, self.kernel, name='self_attn')
     out_BTD, new = attend(h_BTD, rope_BTH, mask, past)
-    x_BTD = x_BTD + out_BTD
+    x_BTD = checkpoint_name(x_BTD + out_BTD, 'residual')
     h_BTD = norm(x_BTD, weight(self, cfg, 'post_attention_layernorm'))
     x_BTD = x_BTD + Mlp(cfg, name='mlp')(h_BTD)
     x_BTD = constrain(x_BTD, 'batch', None, None)
@@ -139,13 +150,17 @@ class Decoder(nn.Module):
   Attributes:
     cfg: sizes and constants.
     dtype: compute dtype of the layers.
-    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
-      products with weights) or 'full' (whole layers).
+    remat: what the backward pass of a layer makes again, see remat.py.
+    kernel: who computes attention in rows without padding mask and cache, one
+      of `attention.KERNELS`, or a function like them.
+    head: whether logits come out; else an `ops.BeforeHead` in their place.
   """
 
   cfg: DecoderConfig
   dtype: Any = jnp.float32
   remat: str = 'none'
+  kernel: Kernel = 'xla'
+  head: bool = True
 
   @nn.compact
   def __call__(
@@ -171,10 +186,11 @@ class Decoder(nn.Module):
         begin anew in each segment, and neither mask_BS nor a cache.
     """
     cfg = self.cfg
-    past, mask = None, mask_BS
+    past = None
+    mask: Array | Packed | None = mask_BS
     if segments_BT is not None:
       assert positions_BT is not None and mask_BS is None and cache is None
-      mask = visible_in_segment(cfg.window, segments_BT)[:, None]
+      mask = Packed(segments_BT)
     if cache is not None:
       assert positions_BT is not None and mask_BS is None
       positions_BT = jnp.broadcast_to(positions_BT, ids_BT.shape)
@@ -193,14 +209,17 @@ class Decoder(nn.Module):
       length=cfg.layers,
     )
     rope_BTH = rope_angles(cfg, positions_BT)
-    x_BTD, new = layers(cfg, name='layers')(x_BTD, rope_BTH, mask, past)
+    blocks = layers(cfg, self.kernel, name='layers')
+    x_BTD, new = blocks(x_BTD, rope_BTH, mask, past)
     x_BTD = rms_norm(x_BTD, weight(self, cfg, 'norm'), cfg.norm_eps)
     w_head = w_embed.T if cfg.tied else weight(self, cfg, 'lm_head')
-    logits_BTV = ops.dot(x_BTD, w_head, jnp.float32)
-    logits_BTV = constrain(logits_BTV, 'batch', None, 'vocab')
+    out: Any = ops.BeforeHead(x_BTD, w_head)
+    if self.head:
+      out = ops.dot(x_BTD, w_head, jnp.float32)
+      out = constrain(out, 'batch', None, 'vocab')
     if cache is None:
-      return logits_BTV
-    return logits_BTV, Cache(new[0], new[1], positions_BT)
+      return out
+    return out, Cache(new[0], new[1], positions_BT)
 
 
 def empty_cache(cfg: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cache:
@@ -224,12 +243,8 @@ def remat_block(policy: str) -> type[nn.Module]:
   """Block, or Block recomputed in the backward pass."""
   if policy == 'none':
     return Block
-  saved = {
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
-  }[policy]
   # prevent_cse is for code outside a scan; within, it only costs speed.
-  return nn.remat(Block, policy=saved, prevent_cse=False)
+  return nn.remat(Block, policy=remat.policy(policy), prevent_cse=False)
 
 
 def weight(module: nn.Module, cfg: DecoderConfig, name: str) -> Array:

@@ -4,12 +4,24 @@ A weight is a plain array or anything that behaves as one under these: a
 weight that has `apply_to(x, out_dtype)` multiplies by itself.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Array = Any
+
+
+class BeforeHead(NamedTuple):
+  """What logits are made of, for those who want few of them at a time.
+
+  Attributes:
+    x_BTD: final hidden states.
+    w_head: [D, V]; logits are `dot(x_BTD, w_head, float32)`.
+  """
+
+  x_BTD: Array
+  w_head: Array
 
 
 def dot(x: Array, w: Array, out_dtype: Any = None) -> Array:

@@ -213,13 +213,14 @@ def _evaluate(
   else:
     adapters = setup.no_adapters(model_cfg)
   model_cfg = adapters.model_cfg
+  kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
   with jax.set_mesh(mesh):
     params = hf.load_params(
       model_dir, model_cfg, jnp.dtype(cfg.model.param_dtype), mesh
     )
     frozen, trainable = setup.split(cfg, params, adapters)
     evaluate = make_evaluate(
-      setup.make_apply(cfg, model_cfg),
+      setup.make_apply(cfg, model_cfg, kernel),
       frozen,
       rows,
       cfg.train.batch_size,

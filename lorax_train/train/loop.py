@@ -27,6 +27,7 @@ from lorax_train.train import (
   samples,
   setup,
 )
+from lorax_train.train import state as state_lib
 from lorax_train.train.ahead import Ahead, made_ahead
 from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
@@ -74,6 +75,9 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     weights = safetensors.open_dir(model_dir)
     adapters = setup.plan_adapters(cfg, model_cfg)
     mesh = setup.make_mesh(cfg)
+    kernel = setup.attention_kernel(
+      cfg, model_cfg, mesh.devices.flat[0].platform
+    )
     rows = setup.read_rows(cfg, model_dir, model_cfg)
     inputs = {
       'data': rows.fingerprint,
@@ -122,9 +126,9 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
 
     # --- the state: fresh, or that of the newest valid checkpoint
     tx = optim.make_optimizer(setup.optim_config(cfg))
-    like = setup.abstract_state(tx, frozen, trainable, mesh)
-    state = setup.init_state(tx, trainable, like)
-    factors = setup.shapes_of(lora.fixed_factors(frozen))
+    like = state_lib.abstract_state(tx, frozen, trainable, mesh)
+    state = state_lib.init_state(tx, trainable, like)
+    factors = state_lib.shapes_of(lora.fixed_factors(frozen))
     with together.together():
       found = checkpoint.restore_latest(
         run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
@@ -136,8 +140,8 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
 
     # --- the step: compiled ahead of the loop, for each length of a batch
     began = time.monotonic()
-    apply = setup.make_apply(cfg, model_cfg)
-    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh)
+    apply = setup.make_apply(cfg, model_cfg, kernel)
+    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh, kernel)
     compiled = {}
     for length, shapes in rows.shapes(cfg, mesh).items():
       compiled[length] = step.lower(state, frozen, shapes).compile()

@@ -41,6 +41,7 @@ _FREE = (
   'model.remat',
   'run_dir',
   'train.log_every',
+  'train.loss_chunk',
 )
 
 

@@ -1,7 +1,6 @@
 """What a run needs before its first step: rows, adapters, mesh, state."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,12 @@ from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, DataError, ModelError
 from lorax_train.formats import peft
 from lorax_train.lora.matching import flat
+from lorax_train.models import attention
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import optim
+from lorax_train.train import state as state_lib
 from lorax_train.train import step as step_lib
 from lorax_train.train.rows import Rows, arrange
 from lorax_train.train.step import TrainState
@@ -154,8 +155,8 @@ def _on_mesh(
     if isinstance(half, lora.Adapter) or getattr(half, 'w', half) is None:
       return half  # an adapter lies as its weight does, which is not here
     if lora.is_trained(half):
-      return dataclasses.replace(half, w=_lying(half.w, own))
-    return _lying(half, own)
+      return dataclasses.replace(half, w=state_lib.lying(half.w, own))
+    return state_lib.lying(half, own)
 
   is_leaf = lambda x: lora.is_trained(x) or isinstance(x, lora.Adapter)  # noqa: E731
   frozen, trainable = (
@@ -163,23 +164,46 @@ def _on_mesh(
     for tree in (frozen, trainable)
   )
   return (
-    jax.tree.map(_lying, frozen, parallel.frozen_shardings(frozen)),
+    jax.tree.map(state_lib.lying, frozen, parallel.frozen_shardings(frozen)),
     jax.tree.map(
-      _lying, trainable, parallel.trainable_shardings(frozen, trainable)
+      state_lib.lying,
+      trainable,
+      parallel.trainable_shardings(frozen, trainable),
     ),
   )
 
 
-def _lying(x: Any, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def attention_kernel(
+  cfg: TrainConfig, model_cfg: DecoderConfig, platform: str
+) -> str:
+  """Who computes attention on devices of a platform.
 
-
-def make_apply(cfg: TrainConfig, model_cfg: DecoderConfig) -> step_lib.Apply:
-  """(params, ids) -> logits in the run's dtype and remat policy.
-
-  Of packs, (params, ids, positions, segments).
+  Raises:
+    ConfigError: the kernel of model.attention can't.
   """
-  model: Any = Decoder(model_cfg, jnp.dtype(cfg.model.dtype), cfg.model.remat)
+  try:
+    return attention.choose(
+      cfg.model.attention,
+      platform,
+      model_cfg.head_dim,
+      cfg.model.dtype,
+    )
+  except ValueError as error:
+    raise ConfigError(f'model.attention: {error}') from None
+
+
+def make_apply(
+  cfg: TrainConfig, model_cfg: DecoderConfig, kernel: attention.Kernel = 'xla'
+) -> step_lib.Apply:
+  """(params, ids) -> what stands before the head, by the run's dtype and remat.
+
+  Of packs, (params, ids, positions, segments). `kernel` is who computes
+  attention, from `attention_kernel`.
+  """
+  remat = 'full' if cfg.model.remat == 'auto' else cfg.model.remat
+  model: Any = Decoder(
+    model_cfg, jnp.dtype(cfg.model.dtype), remat, kernel, head=False
+  )
   return lambda params, ids, positions=None, segments=None: model.apply(
     {'params': params}, ids, positions, segments_BT=segments
   )
@@ -249,6 +273,12 @@ def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
     mesh = parallel.make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
   except ValueError as error:
     raise ConfigError(str(error)) from None
+  check_batch(cfg, mesh)
+  return mesh
+
+
+def check_batch(cfg: TrainConfig, mesh: Any) -> None:
+  """Raises ConfigError where a mesh cannot cut the run's batches."""
   ways = parallel.batch_ways(mesh)
   if cfg.train.batch_size % ways:
     raise ConfigError(
@@ -256,7 +286,6 @@ def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
       f' {ways} parts (data {mesh.shape["data"]} x fsdp'
       f' {mesh.shape["fsdp"]}); give a multiple of {ways}'
     )
-  return mesh
 
 
 def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
@@ -283,41 +312,6 @@ def split(
   )
 
 
-def abstract_state(
-  tx: optax.GradientTransformation,
-  frozen: Tree,
-  trainable: Tree,
-  mesh: jax.sharding.Mesh,
-) -> TrainState:
-  """The state as shapes, each with where it lies; the halves may be shapes."""
-  of_factors = parallel.trainable_shardings(frozen, trainable)
-  whole = parallel.replicated(mesh)
-  shapes = jax.eval_shape(functools.partial(step_lib.init_state, tx=tx), trainable)  # fmt: skip
-  shardings = TrainState(
-    whole,
-    of_factors,
-    optax.tree_utils.tree_map_params(
-      tx,
-      lambda _, sharding: sharding,
-      shapes.opt_state,
-      of_factors,
-      transform_non_params=lambda _: whole,
-    ),
-  )
-  return jax.tree.map(_lying, shapes, shardings)
-
-
-def init_state(
-  tx: optax.GradientTransformation, trainable: Tree, like: TrainState
-) -> TrainState:
-  """The state before the first step, lying as `like` does."""
-  init = jax.jit(
-    functools.partial(step_lib.init_state, tx=tx),
-    out_shardings=shardings_of(like),
-  )
-  return init(trainable)
-
-
 def make_step(
   cfg: TrainConfig,
   model_cfg: DecoderConfig,
@@ -325,6 +319,7 @@ def make_step(
   frozen: Tree,
   state: TrainState,
   mesh: jax.sharding.Mesh,
+  kernel: attention.Kernel,
 ) -> Any:
   """The train step under jit, see `step.make_train_step`; the state is donated.
 
@@ -335,27 +330,19 @@ def make_step(
     frozen: arrays or shapes.
     state: likewise, each with where it lies, before the step and after.
     mesh: devices.
+    kernel: who computes attention.
   """
   return jax.jit(
     step_lib.make_train_step(
-      make_apply(cfg, model_cfg),
+      make_apply(cfg, model_cfg, kernel),
       tx,
       noise_key(cfg, frozen),
       cfg.train.neftune_alpha,
+      cfg.train.loss_chunk,
     ),
     donate_argnums=0,
-    out_shardings=(shardings_of(state), parallel.replicated(mesh)),
+    out_shardings=(state_lib.shardings_of(state), parallel.replicated(mesh)),
   )
-
-
-def shapes_of(tree: Tree) -> Tree:
-  """A tree of arrays as shapes, each with where it lies."""
-  return jax.tree.map(lambda x: _lying(x, x.sharding), tree)
-
-
-def shardings_of(tree: Tree) -> Tree:
-  """Where each array, or shape, of a tree lies."""
-  return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def noise_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:

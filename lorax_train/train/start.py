@@ -1,10 +1,11 @@
 """A training process, from its command line to its exit code."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -12,32 +13,61 @@ from lorax_train import distributed, errors, together
 from lorax_train.config import TrainConfig
 from lorax_train.train import loop
 
+# Environment variables that say what part of a GPU's memory jax takes, the second by
+# its old name; and what a run takes where they say nothing, for jax's 0.75.
+SHARES = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
+SHARE = 0.92
 
-def run(cfg: TrainConfig, options: distributed.Options) -> int:
+# A run, and what is to be said of it, before anything is loaded.
+Prepare = Callable[[TrainConfig], tuple[TrainConfig, list[str]]]
+
+
+def run(
+  cfg: TrainConfig, options: distributed.Options, prepare: Prepare
+) -> int:
   """Joins the other processes, trains, and returns the exit code.
 
   All processes of a run end with the same code, and process 0 says why: none
   returns before the others have come to their end. One that fails where the
   others can't know of it ends at once, and they after it.
 
+  Args:
+    cfg: the run.
+    options: how the processes find each other.
+    prepare: asked, when they have, whether the run fits its devices, and for
+      its remat; what process 0 hears counts.
+
   Raises:
     UserError: alone, what is wrong; the caller reports it.
     OSError: likewise.
   """
+  take_memory()  # before jax looks at its devices
   distributed.start(options)
   keep_compiled()
   if not together.several():
-    loop.run(cfg)
+    _train(cfg, prepare)
     return 0
   with _others_silent():
-    code = _run_as_one(cfg)
+    code = _run_as_one(cfg, prepare)
   jax.distributed.shutdown()
   return code
 
 
-def _run_as_one(cfg: TrainConfig) -> int:
+def _train(cfg: TrainConfig, prepare: Prepare) -> None:
+  with together.together():
+    own, lines = prepare(cfg)
+  remat = together.of_first(own.model.remat)
+  cfg = dataclasses.replace(
+    cfg, model=dataclasses.replace(cfg.model, remat=remat)
+  )
+  for line in lines:
+    print(line, flush=True)
+  loop.run(cfg)
+
+
+def _run_as_one(cfg: TrainConfig, prepare: Prepare) -> int:
   try:
-    loop.run(cfg)
+    _train(cfg, prepare)
   except together.FailedError as failed:
     if together.first():
       where = f'process {failed.process}: ' if failed.process else ''
@@ -57,6 +87,12 @@ def _run_as_one(cfg: TrainConfig) -> int:
       traceback.print_exc(file=sys.__stderr__)
     together.leave(*(told or (1, f'{type(error).__name__}: {error}')))
   return 0
+
+
+def take_memory() -> None:
+  """Lets jax have nearly all of a GPU, where the user has not said how much."""
+  if not any(os.environ.get(name) for name in SHARES):
+    os.environ[SHARES[0]] = str(SHARE)
 
 
 def keep_compiled() -> None:

@@ -3,7 +3,7 @@
 Only `state.trainable` is differentiated. The frozen base is an argument of
 its own: never donated, never checkpointed.
 
-Axis letters: A micro-batches, B rows, T tokens, V vocab.
+Axis letters: A micro-batches, B rows, T tokens.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from lorax_train import lora
+from lorax_train.models import ops
 from lorax_train.train import neftune
+from lorax_train.train.losses import next_token_loss, next_token_loss_of_states
 
 Tree = Any
 Batch = dict[str, jax.Array]
-Apply = Callable[..., jax.Array]
-
-IGNORED = -100
+Apply = Callable[..., jax.Array | ops.BeforeHead]
 
 _NEFTUNE = 0x4E45  # what is folded into the step's key for it
 
@@ -48,41 +48,18 @@ def init_state(trainable: Tree, tx: optax.GradientTransformation) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), trainable, tx.init(trainable))
 
 
-def next_token_loss(
-  logits_BTV: jax.Array, labels_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Summed cross-entropy and the number of tokens it is summed over.
-
-  Labels are unshifted, as transformers has them: position t is scored on
-  label t + 1. Labels of -100 count for nothing.
-
-  Args:
-    logits_BTV: float32.
-    labels_BT: token ids or -100.
-
-  Returns:
-    (sum in float32, count in int32), so that micro-batches and hosts can be
-    added up and divided once.
-  """
-  next_BT = jnp.pad(labels_BT[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-  scored_BT = next_BT != IGNORED
-  # -100 is clipped before it is looked up: as an index it would give NaN.
-  loss_BT = optax.softmax_cross_entropy_with_integer_labels(
-    logits_BTV, jnp.maximum(next_BT, 0)
-  )
-  total = jnp.sum(jnp.where(scored_BT, loss_BT, 0.0))
-  return total, jnp.sum(scored_BT, dtype=jnp.int32)
-
-
 def make_loss(
-  apply: Apply, neftune_alpha: float = 0.0
+  apply: Apply, neftune_alpha: float = 0.0, loss_chunk: int = 0
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """loss(trainable, frozen, micro, key) -> (sum, count) of one micro-batch.
 
   Args:
-    apply: (params, ids) -> logits; of packs, by positions and segments as well.
+    apply: (params, ids) -> logits, or what stands before the head; of packs, by
+      positions and segments as well.
     neftune_alpha: of the noise on our decoder's embeddings, where a key is
       given.
+    loss_chunk: see `losses.next_token_loss_of_states`; of logits they are all
+      there.
   """
 
   def loss(trainable, frozen, micro, key):
@@ -91,8 +68,10 @@ def make_loss(
       own = jax.random.fold_in(key, _NEFTUNE)
       params = neftune.with_noise(params, own, neftune_alpha)
     packed = {n: micro[n] for n in ('positions', 'segments') if n in micro}
-    logits_BTV = apply(params, micro['ids'], **packed)
-    return next_token_loss(logits_BTV, micro['labels'])
+    out = apply(params, micro['ids'], **packed)
+    if isinstance(out, ops.BeforeHead):
+      return next_token_loss_of_states(*out, micro['labels'], loss_chunk)
+    return next_token_loss(out, micro['labels'])
 
   return loss
 
@@ -102,6 +81,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   noise_key: jax.Array | None = None,
   neftune_alpha: float = 0.0,
+  loss_chunk: int = 0,
 ) -> Callable[[TrainState, Tree, Batch], tuple[TrainState, dict]]:
   """One optimizer step over the micro-batches of a batch.
 
@@ -113,13 +93,14 @@ def make_train_step(
     tx: the optimizer.
     noise_key: root key of dropout and NEFTune; None for neither.
     neftune_alpha: see `make_loss`.
+    loss_chunk: likewise.
 
   Returns:
     train_step(state, frozen, batch) with batch `ids` and `labels` [A, B, T],
     of packs also `positions` and `segments`; metrics are `loss`, `grad_norm`
     (before clipping) and `tokens` (learned).
   """
-  loss = make_loss(apply, neftune_alpha)
+  loss = make_loss(apply, neftune_alpha, loss_chunk)
 
   def train_step(state, frozen, batch):
     step_key = None
@@ -160,8 +141,8 @@ def make_train_step(
 
 
 def make_eval_step(
-  apply: Apply,
+  apply: Apply, loss_chunk: int = 0
 ) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
   """eval_step(trainable, frozen, micro [B, T]) -> (summed loss, count)."""
-  loss = make_loss(apply)
+  loss = make_loss(apply, loss_chunk=loss_chunk)
   return lambda trainable, frozen, micro: loss(trainable, frozen, micro, None)

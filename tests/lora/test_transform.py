@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lorax_train import lora
 from lorax_train.lora import Adapter, Fixed, LoraSpec, axes
 from lorax_train.lora.halves import is_half, path_of
-from tests.flops import dots, flops, subjaxprs, walk
+from lorax_train.plan.flops import dots, flops, subjaxprs, walk
 from tests.lora.cases import CASES, Case, normal
 
 # Most of the time here goes into compiling: as little of it as can be.

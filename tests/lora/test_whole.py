@@ -12,7 +12,7 @@ import pytest
 
 from lorax_train import lora
 from lorax_train.lora import LoraSpec
-from tests.flops import walk
+from lorax_train.plan.flops import walk
 
 LAYOUT = {'up': 'sio', 'embed': 'vo', 'head': 'io'}
 OTHERS = {'norm': ('m.0.norm', 'm.1.norm', 'm.2.norm'), 'bias': ('bias',)}

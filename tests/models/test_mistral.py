@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from lorax_train import lora
 from lorax_train.formats import hf, hf_config
 from lorax_train.models import params as params_lib
-from lorax_train.models.mistral import REMAT_POLICIES, Decoder
+from lorax_train.models.mistral import Decoder
+from lorax_train.models.remat import POLICIES
 from lorax_train.train.step import next_token_loss
 
 pytestmark = pytest.mark.usefixtures('strict')
@@ -126,7 +127,7 @@ def test_initialisation_has_the_shapes_of_the_table(tied):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize('remat', REMAT_POLICIES)
+@pytest.mark.parametrize('remat', POLICIES)
 def test_remat_changes_neither_value_nor_gradient(remat):
   cfg, ids = small(), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
   frozen, trainable = lora.split(

@@ -4,6 +4,7 @@ References: the same run on one device for meshes, the uninterrupted run for
 resumed ones, and `score` on the exported adapter.
 """
 
+import dataclasses
 import json
 import time
 
@@ -18,6 +19,7 @@ from lorax_train.errors import ConfigError, DataError
 from lorax_train.formats import hf, hf_config
 from lorax_train.infer.score import score
 from lorax_train.train import evaluate, loop, optim, rundir, setup
+from lorax_train.train import state as state_lib
 from tests.toys import random_ids
 
 
@@ -97,6 +99,18 @@ def test_a_run_leaves_what_the_contract_says(
   assert 'q_proj x 3 (r 4), v_proj x 3 (r 4)' in said
 
 
+def test_a_kernel_that_the_mesh_has_not_is_refused_before_weights(
+  tiny_model, rows_file, tmp_path, monkeypatch
+):
+  cfg = make_config(tiny_model, rows_file, tmp_path / 'run')
+  model = dataclasses.replace(cfg.model, attention='splash')
+  monkeypatch.setattr(hf, 'load_params', None)
+  with pytest.raises(
+    ConfigError, match=r'model\.attention: splash is a kernel'
+  ):
+    loop.run(dataclasses.replace(cfg, model=model))
+
+
 def test_the_exported_adapter_scores_as_it_was_evaluated(
   tiny_model, rows_file, tmp_path
 ):
@@ -139,9 +153,9 @@ def losses_on(mesh, model, steps=5):
     params = hf.load_params(model, model_cfg, jnp.float32, mesh)
     frozen, trainable = setup.split(cfg, params, adapters)
     tx = optim.make_optimizer(setup.optim_config(cfg))
-    like = setup.abstract_state(tx, frozen, trainable, mesh)
-    state = setup.init_state(tx, trainable, like)
-    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh)
+    like = state_lib.abstract_state(tx, frozen, trainable, mesh)
+    state = state_lib.init_state(tx, trainable, like)
+    step = setup.make_step(cfg, model_cfg, tx, frozen, like, mesh, 'xla')
     ids = random_ids(shape=(2, 8, 20))
     batch = jax.device_put(
       {'ids': ids, 'labels': ids}, parallel.batch_sharding(mesh, axis=1)
@@ -203,7 +217,7 @@ def test_shapes_are_those_of_the_run(options, tiny_model):
       map(jax.typeof, jax.tree.leaves(shape))
     )
   of_halves, of_shapes = (
-    jax.tree.leaves(setup.abstract_state(tx, *each, mesh))
+    jax.tree.leaves(state_lib.abstract_state(tx, *each, mesh))
     for each in (halves, shapes)
   )
   assert of_halves == of_shapes

@@ -18,6 +18,7 @@ from lorax_train.data.source import Row
 from lorax_train.data.tokenize import load_tokenizer, tokenize_rows
 from lorax_train.errors import ResumeError
 from lorax_train.formats import hf, hf_config
+from lorax_train.models import ops
 from lorax_train.models import params as params_lib
 from lorax_train.train import loop, setup
 from lorax_train.train import step as step_lib
@@ -63,8 +64,9 @@ def apply_of(model_cfg, remat='none'):
   return setup.make_apply(dataclasses.replace(cfg, model=model), model_cfg)
 
 
-def token_losses(logits, batch):
+def token_losses(before_head, batch):
   """Losses of the learned tokens, in the order that they stand in."""
+  logits = ops.dot(*before_head, jnp.float32)
   log_p = np.asarray(jax.nn.log_softmax(logits))[:, :-1]
   labels = batch['labels'][:, 1:]
   losses = np.take_along_axis(-log_p, np.maximum(labels, 0)[..., None], 2)

@@ -138,6 +138,7 @@ CHANGES = [
   ('mesh.tensor', 2, True),
   ('run_dir', 'moved', True),
   ('model.remat', 'none', True),
+  ('train.loss_chunk', 64, True),
   ('model.attention', 'xla', True),
   ('eval.samples', 7, True),
   # eval.rows are taken out of the rows that are trained on.

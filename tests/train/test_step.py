@@ -18,15 +18,17 @@ from lorax_train import lora
 from lorax_train.formats import hf, hf_config, peft
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
+from lorax_train.models.remat import POLICIES
+from lorax_train.plan import flops as flops_lib
 from lorax_train.train import optim
 from lorax_train.train import step as step_lib
-from tests import flops as flops_lib
 
 pytestmark = pytest.mark.usefixtures('strict')
 
 
-def make_apply(cfg, remat='none'):
-  model = Decoder(cfg, remat=remat)
+def make_apply(cfg, remat='none', head=False):
+  """As a run's own, by chunks of tokens; with the head, of all their logits."""
+  model = Decoder(cfg, remat=remat, head=head)
   return lambda params, ids: model.apply({'params': params}, ids)
 
 
@@ -147,7 +149,8 @@ def test_the_golden_run_on_real_weights(shared, one_device):
   assert set(end) == set(end_want)
   for key, value in end.items():
     np.testing.assert_allclose(value, end_want[key], atol=1e-3, err_msg=key)
-  merged = apply(
+  cfg = hf_config.read_config(shared / 'models' / 'stories260K-mistral')
+  merged = make_apply(cfg, head=True)(
     lora.merge(frozen, state.trainable),
     jnp.asarray(arrays['input_ids'][:1, :16], jnp.int32),
   )
@@ -219,6 +222,20 @@ def test_a_batch_with_nothing_to_learn_changes_nothing():
   chex.assert_trees_all_equal(state.trainable, trainable)
 
 
+@pytest.mark.compat
+def test_an_apply_that_gives_logits_is_trained_alike():
+  cfg = toy()
+  frozen, trainable = toy_halves(cfg, lora.LoraSpec('all-linear', rank=3))
+  batch = toy_batch(2, 3, 11)
+  config = optim.OptimConfig(steps=3, learning_rate=1e-2, clip_norm=1.0)
+  (_, losses, norms), (_, want, norms_want) = (
+    run_steps(make_apply(cfg, head=head), frozen, trainable, batch, config)
+    for head in (False, True)
+  )
+  np.testing.assert_allclose(losses, want, rtol=1e-5)
+  np.testing.assert_allclose(norms, norms_want, rtol=1e-4)
+
+
 def test_loss_is_the_shifted_mean_over_learned_tokens():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 5)))
   logits = logits.astype(jnp.float32)
@@ -268,7 +285,7 @@ def test_flops_of_a_step_are_four_n_and_the_factors(spec):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize('remat', POLICIES)
 @pytest.mark.parametrize('stored', [jnp.float32, jnp.bfloat16])
 def test_no_gradient_and_no_copy_of_a_frozen_weight(remat, stored):
   """No dot makes a dW, nothing of a whole stack's size is made at all."""

@@ -1,0 +1,145 @@
+"""What stands in the text of a compiled program.
+
+Reads what `compiled.as_text()` gives on CPU, GPU and TPU: collectives with their
+sizes and how often each runs, kernels, and shapes of products.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+
+_HEAD = re.compile(r'^(?:ENTRY )?%?([\w.\-$]+) \(.*\{\s*$')
+_CALLS = re.compile(
+  r'(?:calls|to_apply|body|condition|branch_computations|called_computations)='
+  r'(?:\{([^}]*)\}|%?([\w.\-$]+))'
+)
+_LOOP = re.compile(r' while\(.*condition=%?([\w.\-$]+), body=%?([\w.\-$]+)')
+_TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_CONSTANT = re.compile(r's32\[\]\S* constant\((\d+)\)')
+_ARRAY = re.compile(r'\b(pred|bf16|f\d+\w*|[su]\d+)\[([\d,]*)\]')
+_KIND = re.compile(rf' ({"|".join(KINDS)})(-start)?\(')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
+_KERNEL = re.compile(r'custom_call_target="([^"]*)"')
+_PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="[^"]*gemm')
+
+
+class Collective(NamedTuple):
+  """One of a program.
+
+  Attributes:
+    kind: of `KINDS`.
+    bytes: of its result on a device.
+    runs: how often it runs in a step.
+  """
+
+  kind: str
+  bytes: int
+  runs: int
+
+
+def collectives(text: str) -> list[Collective]:
+  """Each collective of a program, once."""
+  bodies = _computations(text)
+  runs = _runs(text, bodies)
+  found: dict[tuple[str, str], Collective] = {}
+  for name, lines in bodies.items():
+    for line in lines:
+      match = _KIND.search(line)
+      if match is None:
+        continue
+      # What starts one returns what goes in beside what comes out.
+      sizes = list(_sizes(line.partition('=')[2][: match.start()]))
+      size = max(sizes, default=0)
+      if match[2] is None and line.partition('=')[2].lstrip().startswith('('):
+        size = sum(sizes)
+      # One that is taken into several fusions is still one.
+      channel = _CHANNEL.search(line)
+      key = match[1], channel[1] if channel else line
+      found[key] = Collective(match[1], size, runs.get(name, 1))
+  return list(found.values())
+
+
+def kernels(text: str) -> dict[str, int]:
+  """{target of a custom call: how often it stands in the program}."""
+  out: dict[str, int] = {}
+  for name in _KERNEL.findall(text):
+    out[name] = out.get(name, 0) + 1
+  return out
+
+
+def products_of_shape(
+  text: str, shapes: Iterable[tuple[int, ...]]
+) -> set[tuple[int, ...]]:
+  """Which of these shapes a product of the program has."""
+  wanted = {tuple(sorted(shape)): shape for shape in shapes}
+  found = set()
+  for line in text.splitlines():
+    if _PRODUCT.search(line) and (
+      array := _ARRAY.search(line.partition('=')[2])
+    ):
+      own = tuple(sorted(n for n in _dims(array[2]) if n != 1))
+      if own in wanted:
+        found.add(wanted[own])
+  return found
+
+
+def _dims(text: str) -> tuple[int, ...]:
+  return tuple(map(int, text.split(','))) if text else ()
+
+
+def _sizes(text: str) -> Iterator[int]:
+  for dtype, dims in _ARRAY.findall(text):
+    bits = 8 if dtype == 'pred' else int(re.findall(r'\d+', dtype)[0])
+    yield math.prod(_dims(dims)) * bits // 8
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+  """{name: its lines}."""
+  out: dict[str, list[str]] = {}
+  lines: list[str] = []
+  for line in text.splitlines():
+    if match := _HEAD.match(line):
+      lines = out.setdefault(match[1], [])
+    else:
+      lines.append(line)
+  return out
+
+
+def _runs(text: str, bodies: dict[str, list[str]]) -> dict[str, int]:
+  """{computation: how often it runs in a step}."""
+  called = {name for lines in bodies.values() for _, name in _calls(lines, bodies)}  # fmt: skip
+  runs = dict.fromkeys(bodies.keys() - called, 1)
+  todo = list(runs)
+  while todo:
+    name = todo.pop()
+    for times, callee in _calls(bodies[name], bodies):
+      if callee in bodies and runs[name] * times > runs.get(callee, 0):
+        runs[callee] = runs[name] * times
+        todo.append(callee)
+  return runs
+
+
+def _calls(
+  lines: Iterable[str], bodies: dict[str, list[str]]
+) -> Iterator[tuple[int, str]]:
+  """(how often, computation) of all that these lines call."""
+  for line in lines:
+    times = 1
+    if loop := _LOOP.search(line):
+      known = _TRIPS.search(line)
+      # A loop over layers counts to a constant.
+      condition = '\n'.join(bodies.get(loop[1], ()))
+      bounds = [int(n) for n in _CONSTANT.findall(condition)]
+      times = int(known[1]) if known else max(bounds, default=1)
+    for several, one in _CALLS.findall(line):
+      for name in several.split(',') if several else [one]:
+        yield times, name.strip().lstrip('%')

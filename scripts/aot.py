@@ -1,0 +1,222 @@
+"""Compiles runs for devices that are not there, and compares with the formula.
+
+  python scripts/aot.py [--only NAME ...] [--out FILE]
+  python scripts/aot.py --table FILE ...
+
+Each case is the step of a real run, as `lorax-train plan` compiles it, in a process
+of its own: 20 to 250 s and up to 2 GB of memory each. Cases for TPU want libtpu
+(jax[tpu]), those for GPU jax's CUDA plugin with cuDNN (jax[cuda12]); what is not
+installed is left out. A line of JSON a case is printed, and added to --out.
+
+The two `edge` cases are the largest batch that the formula lets on four v5e chips,
+and the least that it does not: the compiler must judge them alike.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = {
+  'JAX_PLATFORMS': 'cpu',
+  # Without these libtpu asks the network, and complains.
+  'TPU_SKIP_MDS_QUERY': '1',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+
+
+class Case(NamedTuple):
+  """A run.
+
+  Attributes:
+    topology: devices, see `plan.chips.topology`.
+    model: a size's name.
+    rows: of a micro-batch.
+    length: tokens of a row.
+    remat: policy, or auto.
+    targets: what is adapted.
+    rank: of it.
+    tensor: size of that mesh axis; the others go to fsdp.
+    grad_accum: micro-batches.
+  """
+
+  topology: str
+  model: str
+  rows: int
+  length: int
+  remat: str = 'full'
+  targets: str = 'all-linear'
+  rank: int = 16
+  tensor: int = 1
+  grad_accum: int = 1
+
+
+CASES = {
+  # The reference run, its 16 rows at once and not 4 by 4.
+  'reference-v5e-16': Case('v5e-16', 'mistral-7b', 16, 512, targets='q_proj,v_proj', rank=64),
+  'reference-v6e-8': Case('v6e-8', 'mistral-7b', 16, 512, targets='q_proj,v_proj', rank=64),
+  'reference-h100-8': Case('h100-8', 'mistral-7b', 16, 512, targets='q_proj,v_proj', rank=64),
+  'linear-v5e-16': Case('v5e-16', 'mistral-7b', 16, 2048),
+  'linear-v6e-8': Case('v6e-8', 'mistral-7b', 16, 2048, 'auto'),
+  'linear-h100-8': Case('h100-8', 'mistral-7b', 16, 2048, 'auto'),
+  'one-card': Case('h100-1', 'mistral-7b', 8, 2048, 'auto'),
+  'one-card-accum': Case('h100-1', 'mistral-7b', 4, 2048, grad_accum=4),
+  'long-rows': Case('v5e-16', 'mistral-7b', 16, 32768, 'auto'),
+  'tensor-v5e-16': Case('v5e-16', 'mistral-7b', 16, 2048, tensor=4),
+  'tensor-h100-8': Case('h100-8', 'mistral-7b', 16, 2048, tensor=2),
+  'vocabulary': Case('h100-1', 'nemo-12b', 1, 8192),
+  'heads-of-64': Case('v5e-4', 'tinyllama-1.1b', 32, 2048),
+  'small-none': Case('h100-1', 'tinyllama-1.1b', 8, 1024, 'none'),
+  'small-dots': Case('v5e-1', 'tinyllama-1.1b', 4, 1024, 'dots'),
+  'edge-under': Case('v5e-4', 'mistral-7b', 0, 2048),
+  'edge-over': Case('v5e-4', 'mistral-7b', 0, 2048),
+}  # fmt: skip
+
+
+def run(name: str) -> dict[str, Any]:
+  """Compiles a case, in this process."""
+  import jax
+
+  from lorax_train import config
+  from lorax_train.plan import chips, compiled, sizes, text, verdict
+  from lorax_train.train import setup
+
+  of = CASES[name]
+  mapping = config.defaults()
+  mapping['model'].update(path=of.model)
+  mapping['data'].update(path='.', max_length=of.length)
+  mapping['lora'].update(targets=of.targets, rank=of.rank)
+  mapping['mesh'].update(tensor=of.tensor)
+  mapping['train'].update(grad_accum=of.grad_accum)
+  cfg = config.from_mapping(mapping)
+  cfg = dataclasses.replace(
+    cfg, model=dataclasses.replace(cfg.model, remat=of.remat)
+  )
+  topology = chips.topology(of.topology)
+  adapters = setup.plan_adapters(cfg, sizes.model_config(of.model))
+
+  def case(rows: int) -> verdict.Case:
+    train = dataclasses.replace(cfg.train, batch_size=rows)
+    own = dataclasses.replace(cfg, train=train)
+    return verdict.case(own, adapters, topology)
+
+  if of.rows:
+    planned = case(of.rows)
+  else:
+    rows = step = topology.devices
+    while (planned := case(rows)).share <= 1.0:
+      rows += step
+    if name == 'edge-under':
+      planned = case(rows - step)
+  began, cpu = time.monotonic(), time.process_time()
+  found, program = compiled.compile_step(
+    planned.cfg, adapters, topology, planned.length
+  )
+  facts = text.facts(planned, None, found)
+  libraries = {'jax': jax.__version__}
+  for library in ('libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'):
+    try:
+      libraries[library] = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return {
+    'name': name,
+    **facts,
+    'libraries': libraries,
+    'seconds_wall': time.monotonic() - began,
+    'seconds_cpu': time.process_time() - cpu,
+    'program_bytes': len(program),
+  }
+
+
+def missing(name: str) -> str:
+  """What a case wants that is not installed."""
+  from lorax_train.plan import chips, compiled
+
+  return compiled.missing(chips.topology(CASES[name].topology))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Cases as a table in Markdown."""
+  lines = [
+    '| case | devices | step | remat | formula GiB | compiler GiB | ratio |'
+    ' fits | FLOPs/N a token | kernels |',
+    '|---|---|---|---|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    own, step = row['compiled'], row['step']
+    formula, peak = row['bytes']['peak'], own['peak']
+    mesh = row['topology']['mesh']
+    kernels = {
+      k: n
+      for k, n in own['kernels'].items()
+      if 'fmha' in k or k == 'tpu_custom_call'
+    }
+    lines.append(
+      f'| {row["name"]} | {row["topology"]["name"]}'
+      f' ({mesh["data"]}, {mesh["fsdp"]}, {mesh["tensor"]}) |'
+      f' {step["grad_accum"]} x {step["batch_size"]} x {step["length"]} |'
+      f' {step["remat"]} | {formula / 2**30:.2f} |'
+      + (
+        f' {peak / 2**30:.2f} | {formula / peak:.3f} |'
+        if peak
+        else f' {own["refusal"][-60:]} | |'
+      )
+      + f' {row["fits"]} | {row["flops"]["token_over_n"]:.2f} |'
+      f' {", ".join(f"{n} x {k}" for k, n in kernels.items()) or "none"} |'
+    )
+  return '\n'.join(lines)
+
+
+def main() -> int:
+  """Runs cases, or prints the table of what others have run."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--only', nargs='+', choices=CASES, default=list(CASES))
+  parser.add_argument('--out', help='file of JSON lines, added to')
+  parser.add_argument('--table', nargs='+', help='print these files as a table')
+  parser.add_argument('--here', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.table:
+    lines = [x for f in args.table for x in Path(f).read_text().splitlines()]
+    print(table(list(map(json.loads, lines))))
+    return 0
+  if args.here:
+    print(json.dumps(run(args.here)))
+    return 0
+  done, failed = [], []
+  for name in args.only:
+    lacking = missing(name)
+    if lacking:
+      print(f'{name}: left out, wants {lacking}', file=sys.stderr)
+      continue
+    child = subprocess.run(
+      [sys.executable, __file__, '--here', name],
+      env=os.environ | ENVIRONMENT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    if child.returncode:
+      print(f'{name}: {child.stderr[-2000:]}', file=sys.stderr)
+      failed.append(name)
+      continue
+    line = child.stdout.splitlines()[-1]
+    print(line, flush=True)
+    done.append(json.loads(line))
+    if args.out:
+      with open(args.out, 'a', encoding='utf-8') as file:
+        file.write(line + '\n')
+  print(table(done), file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
