@@ -71,8 +71,8 @@ class Compiled(NamedTuple):
     refusal: in its words.
     collectives: each, of the program.
     kernels: {custom call: how often}.
-    weight_gradients: shapes of frozen weights that some product has, which a
-      gradient of one would have; None where a product of rows has them too.
+    weight_gradients: shapes of frozen weights that some sum over tokens has, which
+      a gradient of one would be; None where a product of rows would look so too.
   """
 
   fits: bool
@@ -211,4 +211,5 @@ def _weight_gradients(
   clear = {shape for shape in wanted if not taken & {*shape}}
   if clear != wanted:
     return None
-  return hlo.products_of_shape(text, clear)
+  # A gradient of a weight is a sum over tokens.
+  return hlo.products_of_shape(text, clear, {rows * length, length})

@@ -6,7 +6,7 @@ sizes and how often each runs, kernels, and shapes of products.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 KINDS = (
@@ -29,6 +29,7 @@ _ARRAY = re.compile(r'\b(pred|bf16|f\d+\w*|[su]\d+)\[([\d,]*)\]')
 _KIND = re.compile(rf' ({"|".join(KINDS)})(-start)?\(')
 _CHANNEL = re.compile(r'channel_id=(\d+)')
 _KERNEL = re.compile(r'custom_call_target="([^"]*)"')
+_OPERANDS = re.compile(r'(%[\w.\-$]+)')
 _PRODUCT = re.compile(r' (?:dot|convolution)\(|custom_call_target="[^"]*gemm')
 
 
@@ -77,19 +78,39 @@ def kernels(text: str) -> dict[str, int]:
 
 
 def products_of_shape(
-  text: str, shapes: Iterable[tuple[int, ...]]
+  text: str, shapes: Iterable[tuple[int, ...]], summed: Container[int]
 ) -> set[tuple[int, ...]]:
-  """Which of these shapes a product of the program has."""
+  """Which of these shapes a product has that sums so many numbers for each.
+
+  Where it does not show how many it sums, it may be any.
+  """
   wanted = {tuple(sorted(shape)): shape for shape in shapes}
   found = set()
-  for line in text.splitlines():
-    if _PRODUCT.search(line) and (
-      array := _ARRAY.search(line.partition('=')[2])
-    ):
-      own = tuple(sorted(n for n in _dims(array[2]) if n != 1))
-      if own in wanted:
-        found.add(wanted[own])
+  for lines in _computations(text).values():
+    sizes = {}
+    for line in lines:
+      name, _, rest = line.partition('=')
+      array = _ARRAY.search(rest)
+      if array is None:
+        continue
+      dims = _dims(array[2])
+      sizes[name.split()[-1]] = math.prod(dims)
+      own = tuple(sorted(n for n in dims if n != 1))
+      if own in wanted and _PRODUCT.search(line):
+        n = _summed(rest, sizes, math.prod(dims))
+        if n is None or n in summed:
+          found.add(wanted[own])
   return found
+
+
+def _summed(line: str, sizes: Mapping[str, int], size: int) -> int | None:
+  """How many numbers a product without batch axes sums, by its sizes alone."""
+  operands = [sizes.get(n) for n in _OPERANDS.findall(line.partition('(')[2])]
+  if None in operands[:2] or len(operands) < 2:
+    return None
+  squared, rest = divmod(operands[0] * operands[1], size)  # type: ignore[operator]
+  root = math.isqrt(squared)
+  return None if rest or root**2 != squared else root
 
 
 def _dims(text: str) -> tuple[int, ...]:

@@ -72,8 +72,9 @@ def test_products_are_found_by_their_shapes():
   x, w = np.ones((5, 7), np.float32), np.ones((7, 11), np.float32)
   text = jax.jit(function).lower(x, w).compile().as_text()
   shapes = [(7, 11), (5, 11), (11, 5), (7, 5)]
-  assert (7, 11) in hlo.products_of_shape(text, shapes)
-  assert (7, 5) not in hlo.products_of_shape(text, shapes)
+  assert (7, 11) in hlo.products_of_shape(text, shapes, {5})
+  assert (7, 11) not in hlo.products_of_shape(text, shapes, {6})
+  assert (7, 5) not in hlo.products_of_shape(text, shapes, {5, 7, 11})
 
 
 # Lines as compilers for TPU and GPU write them, shortened.
