@@ -78,14 +78,17 @@ def estimate(
     'batch': shapes.bytes_of(whole.batch),
   }
   jaxpr, own = shapes.program(cfg, adapters, mesh, length, platform)
+  m = own.model_cfg
+  gathered, head = _gathered(whole, mesh)
   rules = liveness.PLAIN
+  if platform != 'gpu':
+    gathered = 0
+    rules = liveness.Rules(gathered={(m.hidden, m.vocab): head})
   if platform == 'tpu':
-    head_dim = own.model_cfg.head_dim
-    laid_out = {head_dim: -(-head_dim // _LANES) * _LANES}
-    rules = liveness.Rules(laid_out, rewrites=True)
-  saved = liveness.stacked(jaxpr, own.model_cfg.layers, rules)
-  logits = _widest(jaxpr, own.model_cfg.vocab)
-  gathered = _gathered(whole, mesh, platform)
+    padded = -(-m.head_dim // _LANES) * _LANES
+    rules = rules._replace(laid_out={m.head_dim: padded}, rewrites=True)
+  saved = liveness.stacked(jaxpr, m.layers, rules)
+  logits = _widest(jaxpr, m.vocab)
   made = {
     'saved activations': saved,
     'gradients': shapes.bytes_of(own.state.trainable),
@@ -103,7 +106,7 @@ def estimate(
     given,
     made,
     sum(given.values()) + peak,
-    flops.total(jaxpr) + attention_flops(jaxpr, own.model_cfg.window),
+    flops.total(jaxpr) + attention_flops(jaxpr, m.window),
     _read_and_written(cfg, own, given, saved),
     tokens,
     collectives(cfg, whole, mesh),
@@ -176,22 +179,19 @@ def _whole(leaf: Any, mesh: Mesh) -> int:
   return shapes.bytes_of(leaf) * mesh.shape['fsdp']
 
 
-def _gathered(whole: shapes.Shapes, mesh: Mesh, platform: str) -> int:
-  """Bytes of the weights that are put together before they are needed.
+def _gathered(whole: shapes.Shapes, mesh: Mesh) -> tuple[int, int]:
+  """Bytes of the weights that a GPU, and that all, put together ahead.
 
-  The head is, once for all chunks of the loss. On a GPU a layer's weights are
-  while the layer before it is computed; those of the layer itself are slices of
-  the loop, which are copied without fsdp too. A TPU multiplies by the parts as
-  they come.
+  The head is whole for all chunks of the loss. On a GPU so are a layer's weights,
+  while the layer before it is computed; those of the layer itself are slices of the
+  loop, which are copied without fsdp too. A TPU multiplies by the parts as they come.
   """
   if mesh.shape['fsdp'] == 1:
-    return 0
+    return 0, 0
   cut = [x for x in jax.tree.leaves(whole.frozen) if _cut_by(x, 'fsdp')]
   head = max((_whole(x, mesh) for x in cut if len(x.shape) == 2), default=0)
-  if platform != 'gpu':
-    return head
   layer = sum(_whole(x, mesh) // x.shape[0] for x in cut if len(x.shape) == 3)
-  return max(layer, head)
+  return max(layer, head), head
 
 
 def collectives(

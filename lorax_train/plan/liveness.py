@@ -56,10 +56,13 @@ class Rules(NamedTuple):
     laid_out: {length of a last axis: how long it is in memory}.
     rewrites: a sum is written over what the values are made of that it adds,
       and not only over one of these.
+    gathered: {shape: bytes} of what comes in by parts, and is whole where a product
+      reads it.
   """
 
   laid_out: Mapping[int, int] = MappingProxyType({})
   rewrites: bool = False
+  gathered: Mapping[tuple[int, ...], int] = MappingProxyType({})
 
   def size(self, aval: Any) -> int:
     """Bytes of a value in memory."""
@@ -148,6 +151,9 @@ def _flat(jaxpr: Any, rules: Rules) -> tuple[list[Op], tuple[int, ...]]:
         env.update(zip(eqn.outvars, makes, strict=True))
         bodies = [_of_body(body, eqn, rules) for body in _bodies(eqn)]
         inside = max(bodies, default=0)
+        if eqn.primitive.name == 'dot_general':
+          shapes = (tuple(a.aval.shape) for a in eqn.invars)
+          inside += sum(rules.gathered.get(shape, 0) for shape in shapes)
         ops.append(Op(eqn.primitive.name, reads, makes, inside))
         continue
       ids = [next(outside) if _is_literal(a) else env[a] for a in eqn.invars]

@@ -16,7 +16,7 @@ from lorax_train.models.remat import POLICIES
 from lorax_train.plan import chips, shapes
 from lorax_train.plan.chips import GIB, Topology
 from lorax_train.plan.estimate import ERROR, SPARE, Estimate, estimate
-from lorax_train.train import inspection, setup, start
+from lorax_train.train import inspection, loop, setup, start
 
 AUTO = 'auto'
 # Of what 'auto' chooses from, the first that fits. 'none' is not among them: it makes
@@ -193,7 +193,7 @@ def prepare(
     ModelError: no such model.
   """
   topology = topology or chips.here(jax.devices(), jax.local_devices())
-  model_dir = find.find_model(cfg.model.path, weights=False)
+  model_dir = find.find_model(cfg.model.path, loop.WITHOUT_HUB, weights=False)
   adapters = setup.plan_adapters(cfg, hf_config.read_config(model_dir))
   longest = case(_as_before(cfg, adapters, topology), adapters, topology)
   chosen = longest.cfg
