@@ -81,12 +81,14 @@ def estimate(
   m = own.model_cfg
   gathered, head = _gathered(whole, mesh)
   rules = liveness.PLAIN
-  if platform != 'gpu':
-    gathered = 0
-    rules = liveness.Rules(gathered={(m.hidden, m.vocab): head})
   if platform == 'tpu':
+    gathered = 0
     padded = -(-m.head_dim // _LANES) * _LANES
-    rules = rules._replace(laid_out={m.head_dim: padded}, rewrites=True)
+    rules = liveness.Rules(
+      laid_out={m.head_dim: padded},
+      rewrites=True,
+      gathered={(m.hidden, m.vocab): head},
+    )
   saved = liveness.stacked(jaxpr, m.layers, rules)
   logits = _widest(jaxpr, m.vocab)
   made = {
@@ -180,7 +182,7 @@ def _whole(leaf: Any, mesh: Mesh) -> int:
 
 
 def _gathered(whole: shapes.Shapes, mesh: Mesh) -> tuple[int, int]:
-  """Bytes of the weights that a GPU, and that all, put together ahead.
+  """Bytes of the weights that are put together ahead, and of the head alone.
 
   The head is whole for all chunks of the loss. On a GPU so are a layer's weights,
   while the layer before it is computed; those of the layer itself are slices of the

@@ -113,9 +113,9 @@ def fitting(cfg):
 def test_prepare_lets_through_what_fits_and_says_what_it_chose(on_disk):
   cfg = on_disk(remat='auto')
   chosen, lines = verdict.prepare(cfg, devices(limit=1 << 40))
-  assert chosen.model.remat == 'none'
+  assert chosen.model.remat == 'dots'
   assert len(lines) == 1
-  assert lines[0].startswith('remat      none: ')
+  assert lines[0].startswith('remat      dots: ')
   cfg = on_disk()
   assert verdict.prepare(cfg, devices(limit=1 << 40)) == (cfg, [])
   assert verdict.prepare(cfg, devices(limit=None)) == (cfg, [])
