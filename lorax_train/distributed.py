@@ -36,6 +36,7 @@ _SHUTDOWN_S = 60
 _REMIND_S = 15
 
 _TPU = 'Cloud TPU'
+_ALONE = '--distributed=off to run alone'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +88,10 @@ class Options:
         ' from 0 to one less than there are'
       )
     host, _, port = self.coordinator.rpartition(':')
-    if not host or not port.isdecimal():
-      raise ConfigError(f'--coordinator={self.coordinator}: give HOST:PORT')
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+      raise ConfigError(
+        f'--coordinator={self.coordinator}: give HOST:PORT, a port below 65536'
+      )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,7 +150,7 @@ def start(options: Options) -> None:
   # It would take SIGTERM away from us; see train/stopping.py.
   jax.config.update('jax_enable_preemption_service', False)
   try:
-    with _waiting(options.wait, options.coordinator or surroundings):
+    with _waiting(options.wait, options.coordinator, surroundings):
       jax.distributed.initialize(
         **known,
         initialization_timeout=options.wait + 60,  # ours is the shorter
@@ -157,10 +160,15 @@ def start(options: Options) -> None:
   except (ValueError, RuntimeError, OSError, KeyError) as error:
     if surroundings == _TPU and isinstance(error, ValueError):
       return  # its library is installed, but there is no TPU
+    way_out = (
+      'is it an address of process 0, and is the port free there?'
+      if options.coordinator
+      else 'give --coordinator=HOST:PORT --processes=N --process=I, or'
+      f' {_ALONE}'
+    )
     raise ConfigError(
       f'{options.coordinator or surroundings}: the processes of the run cannot'
-      f' be joined: {one_line(error)}: give --coordinator=HOST:PORT'
-      ' --processes=N --process=I, or --distributed=off to run alone'
+      f' be joined: {one_line(error)}: {way_out}'
     ) from error
 
 
@@ -185,8 +193,13 @@ def _several(environ: Any, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _waiting(seconds: int, where: str) -> Iterator[None]:
+def _waiting(
+  seconds: int, coordinator: str, surroundings: str
+) -> Iterator[None]:
   """Says that others are waited for, and in the end ends the process."""
+  where = coordinator or surroundings
+  # Whoever works inside a job of a cluster may not have asked for others.
+  alone = '' if coordinator else f', or {_ALONE}'
   hint = 'was the command started on all hosts, and is the port open?'
 
   def remind() -> None:
@@ -199,7 +212,7 @@ def _waiting(seconds: int, where: str) -> Iterator[None]:
   def give_up() -> None:
     print(
       f'the other processes ({where}) did not come within {seconds} s: {hint}'
-      ' Give --wait=SECONDS to wait longer',
+      f' Give --wait=SECONDS to wait longer{alone}',
       file=sys.stderr,
       flush=True,
     )

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,14 @@ from lorax_train import errors
 # Bytes of a message; a longer one is sent in two goes.
 _FRAME = 1024
 _LENGTH = 4
+
+# What the message of a collective has whose other side is gone, and that of what
+# is of this process alone, as a program that can't be compiled, has not.
+_GONE = re.compile(
+  r'\b(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL'
+  r'|UNAVAILABLE|UNKNOWN): '
+)
+_NO_MEMORY = 'RESOURCE_EXHAUSTED'
 
 
 class FailedError(Exception):
@@ -102,6 +111,8 @@ def together() -> Iterator[None]:
   except (FailedError, jax.errors.JaxRuntimeError):
     raise  # all know it already, or there is nobody to tell
   except Exception as error:
+    if lost(error):
+      raise
     failure = errors.outcome(error)
     if failure is None:
       traceback.print_exc(file=sys.__stderr__)
@@ -109,6 +120,27 @@ def together() -> Iterator[None]:
   for process, outcome in enumerate(gather(failure)):
     if outcome:
       raise FailedError(process, *outcome)
+
+
+def lost(error: BaseException) -> bool:
+  """Whether an error, or what led to it, says that another process is gone."""
+  cause: BaseException | None = error
+  while cause is not None:
+    if _of_jax(cause) and _GONE.search(str(cause)):
+      return _NO_MEMORY not in str(cause)
+    cause = cause.__cause__
+  return False
+
+
+def _of_jax(error: BaseException) -> bool:
+  if isinstance(error, jax.errors.JaxRuntimeError):
+    return True
+  # Where numpy fetches a result it is a ValueError, and so is tensorstore's of
+  # a full disk, which begins alike.
+  if not isinstance(error, ValueError):
+    return False
+  frames = list(traceback.walk_tb(error.__traceback__))
+  return bool(frames) and frames[-1][0].f_globals['__name__'].startswith('jax.')
 
 
 def leave(code: int, line: str) -> None:

@@ -53,6 +53,10 @@ MISTAKES = {
     ['--coordinator=a', '--processes=4', '--process=0'],
     ['--coordinator=a', 'HOST:PORT'],
   ),
+  'no such port': (
+    ['--coordinator=a:65536', '--processes=4', '--process=0'],
+    ['--coordinator=a:65536', 'below 65536'],
+  ),
   'no patience': (['--wait=0'], ['--wait=0']),
 }
 
@@ -171,17 +175,47 @@ def test_processes_that_can_not_be_found(alone, asked, monkeypatch):
   assert len(asked) == 1
 
 
-def test_others_that_never_come():
+def test_a_port_that_is_taken(alone, asked):
+  asked.append(RuntimeError('UNKNOWN: Failed to start RPC server'))
+  words = r'^a:1: .*Failed to start RPC server: .*is the port free there\?$'
+  with pytest.raises(ConfigError, match=words):
+    distributed.start(BY_FLAGS)
+
+
+@pytest.mark.parametrize(
+  ('given', 'environ', 'where', 'alone'),
+  [
+    ('coordinator="localhost:9", processes=2, process=1, ', {}, 'localhost:9', ''),
+    (
+      '',
+      {
+        'SLURM_JOB_ID': '7',
+        'SLURM_STEP_NODELIST': 'localhost',
+        'SLURM_NTASKS': '2',
+        'SLURM_PROCID': '1',
+        'SLURM_LOCALID': '1',
+        'JAX_COORDINATOR_PORT': '9',
+      },
+      'SLURM',
+      ', or --distributed=off to run alone',
+    ),
+  ],
+)  # fmt: skip
+def test_others_that_never_come(given, environ, where, alone):
   code = (
     'from lorax_train import distributed;'
-    ' distributed.start(distributed.Options("manual", "localhost:9", 2, 1, 1))'
+    f' distributed.start(distributed.Options({given}wait=1))'
   )
   done = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, timeout=60
+    [sys.executable, '-c', code],
+    env={**os.environ, **environ},
+    capture_output=True,
+    text=True,
+    timeout=60,
   )
   assert done.returncode == 2
   assert done.stderr == (
-    'the other processes (localhost:9) did not come within 1 s: was the command'
+    f'the other processes ({where}) did not come within 1 s: was the command'
     ' started on all hosts, and is the port open? Give --wait=SECONDS to wait'
-    ' longer\n'
+    f' longer{alone}\n'
   )

@@ -5,6 +5,7 @@ others' messages are made up; real ones are in tests/train/test_hosts.
 """
 
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -65,6 +66,60 @@ def test_what_all_know_is_not_told_again(others):
   with together.together():
     pass
   assert others == []
+
+
+GONE = 'UNKNOWN: Gloo AllGather failed: Connection reset by peer'
+
+
+def raised(error, module='jax.experimental.multihost_utils', cause=None):
+  """An error as it is caught that a module has raised."""
+  own = types.ModuleType(module)
+  exec('def fail(error, cause):\n  raise error from cause', vars(own))
+  with pytest.raises(type(error)) as caught:
+    own.fail(error, cause)
+  return caught.value
+
+
+@pytest.mark.parametrize(
+  ('error', 'lost'),
+  [
+    (jax.errors.JaxRuntimeError(GONE), True),
+    # What numpy makes of it, and what orbax makes of that.
+    (raised(ValueError(GONE)), True),
+    (
+      raised(
+        TimeoutError('waiting for async_write_complete'),
+        'orbax',
+        jax.errors.JaxRuntimeError('UNAVAILABLE: heartbeat'),
+      ),
+      True,
+    ),
+    (jax.errors.JaxRuntimeError('x: INTERNAL: NCCL failed: exited'), True),
+    # Of this process alone.
+    (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GiB'), False),
+    (
+      jax.errors.JaxRuntimeError('INTERNAL: x: RESOURCE_EXHAUSTED: 9 GiB'),
+      False,
+    ),
+    (jax.errors.JaxRuntimeError('UNIMPLEMENTED: no such kernel'), False),
+    # tensorstore's words are like jax's.
+    (raised(ValueError('UNKNOWN: No space left'), 'orbax'), False),
+    (raised(OSError('full'), 'x', ValueError('UNKNOWN: full')), False),
+    (TimeoutError('of a file system'), False),
+    (KeyboardInterrupt(), False),
+  ],
+)
+def test_what_says_that_another_is_gone(error, lost, others):
+  assert together.lost(error) == lost
+  # Nobody is asked then, who would never answer.
+  others.append([None, None])
+  with pytest.raises(BaseException) as caught, together.together():
+    raise error
+  passed_on = lost or isinstance(
+    error, jax.errors.JaxRuntimeError | KeyboardInterrupt
+  )
+  assert (caught.value is error) == passed_on
+  assert len(others) == passed_on
 
 
 def test_processes_that_were_started_otherwise(others):

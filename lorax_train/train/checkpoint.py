@@ -15,12 +15,13 @@ Of several processes each writes its part of the state, into a directory that
 all see; process 0 does all else, and what it finds or fails at all are told.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lorax_train.errors import ResumeError, first_and_last, quiet
-from lorax_train.together import first, of_first, together
+from lorax_train.together import first, lost, of_first, together
 
 MANIFEST = 'MANIFEST.json'
 LEAVES = 'leaves.json'
@@ -50,10 +51,12 @@ def save(root: Path, step: int, state: Tree, keep: int) -> None:
       shutil.rmtree(target, ignore_errors=True)
       target.mkdir(parents=True)
   try:
-    _save_state(target / STATE, state)
+    with _explained(target):
+      _save_state(target / STATE, state)
     with together():
       if first():
-        _commit(target, step, _leaves(state))
+        with _explained(target):
+          _commit(target, step, _leaves(state))
   except BaseException:
     if first():
       shutil.rmtree(target, ignore_errors=True)
@@ -90,7 +93,12 @@ def restore_latest(
     if first():
       step = _newest_valid(root, note)
   step = of_first(step)
-  return None if step is None else _restore(root / str(step), like)
+  if step is None:
+    return None
+  with together():
+    _check_leaves(root / str(step), like)
+  # The processes wait for one another in it: who fails here, fails alone.
+  return _restore(root / str(step), like)
 
 
 def _newest_valid(root: Path, note: Callable[[str], None]) -> int | None:
@@ -154,18 +162,25 @@ def write_atomically(path: Path, text: str) -> None:
   os.replace(temporary, path)
 
 
-def _save_state(directory: Path, state: Tree) -> None:
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
   try:
-    with quiet(), ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(directory, state)
-  except ValueError as error:  # what a full disk is to tensorstore
+    yield
+  except (ValueError, OSError) as error:  # ValueErrors are tensorstore's
+    if lost(error):
+      raise
     raise OSError(
-      f'{directory.parent}: checkpoint not written, earlier ones are untouched:'
-      f' make room and run again: {first_and_last(error)[-300:]}'
+      f'{target}: checkpoint not written, earlier ones are untouched: make room'
+      f' and run again: {first_and_last(error)[-300:]}'
     ) from error
 
 
-def _restore(directory: Path, like: Tree) -> Tree:
+def _save_state(directory: Path, state: Tree) -> None:
+  with quiet(), ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(directory, state)
+
+
+def _check_leaves(directory: Path, like: Tree) -> None:
   stored = json.loads((directory / LEAVES).read_text('utf-8'))
   wanted = _leaves(like)
   differ = [
@@ -179,10 +194,15 @@ def _restore(directory: Path, like: Tree) -> Tree:
       f'{directory}: holds another state than this configuration trains:'
       f' {"; ".join(differ[:3])}{more}: give another run_dir to start again'
     )
+
+
+def _restore(directory: Path, like: Tree) -> Tree:
   try:
     with quiet(), ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(directory / STATE, like)
   except (ValueError, KeyError, TypeError) as error:
+    if lost(error):
+      raise
     raise ResumeError(
       f'{directory}: cannot be restored: give another run_dir to start again:'
       f' {first_and_last(error)[-300:]}'

@@ -130,10 +130,9 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     like = state_lib.abstract_state(tx, frozen, trainable, mesh)
     state = state_lib.init_state(tx, trainable, like)
     factors = state_lib.shapes_of(lora.fixed_factors(frozen))
-    with together.together():
-      found = checkpoint.restore_latest(
-        run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
-      )
+    found = checkpoint.restore_latest(
+      run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
+    )
     if found is not None:
       frozen = lora.with_fixed_factors(frozen, found.fixed_factors)
       state = found._replace(fixed_factors=None)

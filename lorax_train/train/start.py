@@ -73,19 +73,18 @@ def _run_as_one(cfg: TrainConfig, prepare: Prepare) -> int:
       where = f'process {failed.process}: ' if failed.process else ''
       print(where + failed.line, file=sys.stderr, flush=True)
     return failed.code
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' in str(error):
-      together.leave(1, errors.first_and_last(error))
-    together.leave(
-      errors.StoppedError.exit_code,
-      'the other processes no longer answer, one of them has ended: run the same'
-      f' command again to continue: {errors.first_and_last(error)[:300]}',
-    )
   except BaseException as error:
+    what = errors.first_and_last(error)
+    if together.lost(error):
+      together.leave(
+        errors.StoppedError.exit_code,
+        'the other processes no longer answer, one of them has ended: run the'
+        f' same command again to continue: {what[:300]}',
+      )
     told = errors.outcome(error)
     if told is None:
       traceback.print_exc(file=sys.__stderr__)
-    together.leave(*(told or (1, f'{type(error).__name__}: {error}')))
+    together.leave(*(told or (1, f'{type(error).__name__}: {what}')))
   return 0
 
 

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_train import parallel
+from lorax_train import parallel, together
 from lorax_train.errors import ResumeError
 from lorax_train.lora import Adapter
 from lorax_train.train import checkpoint
@@ -441,8 +441,9 @@ def test_a_manifest_that_cannot_be_written_leaves_the_earlier_step(
     return real(*args, **kwargs)
 
   monkeypatch.setattr(checkpoint.os, call, fail)
-  with pytest.raises(OSError, match='No space left'):
+  with pytest.raises(OSError, match=r'not written.*No space left') as error:
     checkpoint.save(root, 10, make_state(10), keep=1)
+  assert str(root / '10') in str(error.value)
   monkeypatch.undo()
   check_step_5_is_intact(root)
 
@@ -458,6 +459,58 @@ def test_an_interrupt_while_writing_leaves_the_earlier_step(root, monkeypatch):
     checkpoint.save(root, 10, make_state(10), keep=1)
   monkeypatch.undo()
   check_step_5_is_intact(root)
+
+
+# --- one of several processes; runs of real ones are in test_hosts
+
+
+@pytest.fixture
+def others(two_steps, monkeypatch):
+  """This is process 0 of two; the other has nothing to tell."""
+  monkeypatch.setattr(together, 'several', lambda: True)
+  monkeypatch.setattr(together, 'gather', lambda own: [own, None])
+
+
+def failing(error):
+  def fail(*_):
+    raise error
+
+  return fail
+
+
+LOST = jax.errors.JaxRuntimeError('UNAVAILABLE: heartbeat')
+OF_ORBAX = TimeoutError('waiting for async_write_complete barrier')
+OF_ORBAX.__cause__ = LOST
+
+
+@pytest.mark.parametrize('error', [LOST, OF_ORBAX])
+def test_a_process_that_is_gone_is_no_full_disk(
+  error, root, others, monkeypatch
+):
+  monkeypatch.setattr(checkpoint, '_save_state', failing(error))
+  with pytest.raises(type(error)) as caught:
+    checkpoint.save(root, 15, make_state(15), keep=3)
+  assert caught.value is error
+  assert names(root) == ['10', '5']
+
+
+def test_what_fails_while_all_restore_is_not_put_to_the_vote(
+  root, others, monkeypatch
+):
+  """The others would take the vote for their next message of the state."""
+  error = OSError('cannot be read')
+  monkeypatch.setattr(
+    checkpoint.ocp.StandardCheckpointer, 'restore', failing(error)
+  )
+  with pytest.raises(OSError, match='cannot be read') as caught:
+    checkpoint.restore_latest(root, like(make_state(10)), nothing_to_note)
+  assert caught.value is error
+
+
+def test_another_state_is_refused_by_all(root, others):
+  with pytest.raises(together.FailedError, match='another state') as caught:
+    checkpoint.restore_latest(root, like({'w': jnp.ones(3)}), nothing_to_note)
+  assert caught.value.code == ResumeError.exit_code
 
 
 def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

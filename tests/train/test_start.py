@@ -1,10 +1,14 @@
 """What a process does before and after the run.
 
 Reference: the rule of who keeps compiled programs where, as docs/pods.md has
-it. Exit codes of several processes are in test_hosts.
+it, and that of exit codes. Of whole runs of several processes they are in
+test_hosts; here two real ones get no further than to what comes first.
 """
 
 import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -63,10 +67,55 @@ def test_without_xdg_it_is_below_home(cache_dir, monkeypatch, tmp_path):
   ],
 )
 def test_a_run_takes_nearly_all_of_a_gpu(given, taken, monkeypatch):
-  for name in start.SHARES:
-    monkeypatch.delenv(name, raising=False)
-    if name in given:
-      monkeypatch.setenv(name, given[name])
+  environ = {'HOME': '/root', **given}
+  monkeypatch.setattr(os, 'environ', environ)
   start.take_memory()
-  assert {n: os.environ[n] for n in start.SHARES if n in os.environ} == taken
-  monkeypatch.delenv(start.SHARES[0], raising=False)
+  assert environ == {'HOME': '/root', **taken}
+
+
+TWO = """
+import os, signal, sys
+from lorax_train import config, distributed, errors, together
+from lorax_train.train import start
+
+process, case, port = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def prepare(cfg):
+  together.gather(process)  # they have met
+  if process and case == 'killed':
+    os.kill(os.getpid(), signal.SIGKILL)
+  if process:
+    raise errors.ModelError('no shard')
+  return cfg, []
+
+options = distributed.Options('auto', f'localhost:{port}', 2, process)
+sys.exit(start.run(config.TrainConfig(), options, prepare))
+"""
+
+
+@pytest.mark.parametrize(
+  ('case', 'codes', 'words'),
+  [
+    # Where the others wait to agree with it, not in a step.
+    ('killed', (75, -9), 'process 0: the other processes no longer answer'),
+    ('fails', (4, 4), 'process 1: no shard'),
+  ],
+)
+def test_two_processes_end_alike(case, codes, words):
+  with socket.socket() as found:
+    found.bind(('localhost', 0))
+    port = found.getsockname()[1]
+  env = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', TWO, f'{process}', case, f'{port}'],
+      env={**env, 'JAX_PLATFORMS': 'cpu'},
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for process in (0, 1)
+  ]
+  told = [process.communicate(timeout=120)[1] for process in both]
+  assert tuple(process.returncode for process in both) == codes, told
+  assert words in told[0]
