@@ -311,7 +311,7 @@ def plan(argv: Sequence[str]) -> int:
   )
   parser.add_argument('--json', **_SHARED['--json'])
   parser.add_argument(
-    '--topology', default='', help='v5e-16, v5p:2x2x2, h100-8 ...; those here'
+    '--topology', default='', help='v5e-16, v5p:2x2x2, h100-8; or those here'
   )
   parser.add_argument(
     '--formula', action='store_true', help='without the compiler: in seconds'
@@ -321,7 +321,10 @@ def plan(argv: Sequence[str]) -> int:
   )
   args, of_config = parser.parse_known_args(argv)
   if args.model and of_config:
-    parser.error(f'{of_config[0]} does not go with --model')
+    ours = of_config[0].startswith('--config')
+    instead = f': give --config FILE --config.model.path={args.model}'
+    wrong = f'does not go with --model{instead}' if ours else 'is no option'
+    parser.error(f'{of_config[0]} {wrong}')
   from lorax_train import main
 
   if not args.model:

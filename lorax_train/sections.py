@@ -39,7 +39,7 @@ class ModelSection:
       best that the mesh's devices have.
     remat: what the backward pass makes again: nothing, of layers all but their
       products (dots), gate and up too (mlp), or whole layers (full); auto is the
-      first of these that fits the devices.
+      first of dots, mlp and full that fits the devices.
   """
 
   path: str = ''

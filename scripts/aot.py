@@ -123,7 +123,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def missing(name: str) -> str:
-  """What a case wants that is not installed."""
+  """Why a case cannot be compiled here; '' where it can."""
   from lorax_train.plan import chips, compiled
 
   return compiled.missing(chips.topology(CASES[name].topology))
@@ -189,7 +189,7 @@ def main() -> int:
   for name in args.only:
     lacking = missing(name)
     if lacking:
-      print(f'{name}: left out, wants {lacking}', file=sys.stderr)
+      print(f'{name}: left out: {lacking}', file=sys.stderr)
       continue
     child = subprocess.run(
       [sys.executable, __file__, '--here', name],

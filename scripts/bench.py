@@ -36,7 +36,6 @@ On several hosts the same command with --distributed goes to each.
 import argparse
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -47,6 +46,8 @@ from typing import Any
 
 import bench_step
 from bench_cases import CASES, Case
+
+from lorax_train import hardware
 
 LEAST_SECONDS = 20  # a case that would have less is not begun
 TAIL = 2000  # characters shown of what a case said before it died
@@ -92,6 +93,7 @@ def words(case: Case) -> Iterator[str]:
 
 def answer(args: argparse.Namespace) -> None:
   """In a child: what there is, or what a case measured, as a line of JSON."""
+  hardware.take_memory()
   bench_step.start(args.distributed)
   if args.child == 'probe':
     print(json.dumps(bench_step.probe()))
@@ -155,13 +157,9 @@ def ask(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
   command = [sys.executable, __file__, '--child', name]
   command += ['--steps', str(args.steps)]
   command += ['--distributed'] * args.distributed
-  env = dict(os.environ)
-  if 'XLA_PYTHON_CLIENT_MEM_FRACTION' not in env:
-    # A GPU's allocator takes three quarters of the memory unless it is told.
-    env.setdefault('XLA_CLIENT_MEM_FRACTION', '0.92')
   try:
     done = subprocess.run(
-      command, capture_output=True, text=True, timeout=seconds, env=env
+      command, capture_output=True, text=True, timeout=seconds
     )
   except subprocess.TimeoutExpired:
     return {'error': f'stopped: the time was over, after {seconds:.0f} s'}

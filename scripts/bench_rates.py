@@ -8,34 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from bench_cases import Case
 
+from lorax_train import hardware
 from lorax_train.models import params as params_lib
 from lorax_train.models import remat
 from lorax_train.models.params import DecoderConfig
-
-# Dense bfloat16 FLOP/s of what jax calls a device of that kind, by the makers:
-# NVIDIA's data sheets (half of a figure given with sparsity; the RTX 4090's by
-# the Ada whitepaper, sums in float32), Google's page of each TPU version. Two
-# devices are a chip of TPU v3 and TPU7x, one is a chip of the others.
-PEAK_FLOPS = {
-  'NVIDIA H100 80GB HBM3': 989.4e12,
-  'NVIDIA H100 NVL': 835e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H200': 989.4e12,
-  'NVIDIA B200': 2250e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA A100-PCIE-40GB': 312e12,
-  'NVIDIA A100 80GB PCIe': 312e12,
-  'NVIDIA L4': 121e12,
-  'NVIDIA L40S': 362e12,
-  'NVIDIA GeForce RTX 4090': 165.2e12,
-  'TPU v3': 123e12 / 2,
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU7x': 2307e12 / 2,
-}
 
 
 class Took(NamedTuple):
@@ -77,10 +53,10 @@ def rates(
   per_token = flops_a_token(cfg, keys_seen(arrays, cfg.window))
   needed = per_token * useful
   again = cfg.layers * remat.recomputed_flops(cfg, case.remat, {}, 0.0)
-  peak = PEAK_FLOPS.get(card) if case.dtype == 'bfloat16' else None
+  chip = hardware.of_kind(card) if case.dtype == 'bfloat16' else None
   mfu = hfu = None
-  if peak is not None:
-    could = peak * case.devices * seconds
+  if chip is not None:
+    could = chip.flops / chip.devices * case.devices * seconds
     mfu = needed / could
     hfu = mfu + again * tokens / could
   # Those of a CPU are of all the devices that it simulates.

@@ -22,6 +22,7 @@ CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # Nobody imports from a floor above his own.
 FLOORS = {
   'errors': 0,
+  'hardware': 0,
   'lora': 1,
   'data': 1,
   'quant': 1,
@@ -44,6 +45,7 @@ FLOORS = {
 # that is narrower than its floor.
 OURS = {
   'errors': set(),
+  'hardware': set(),
   'lora': set(),
   'quant': set(),
   'data': set(),
@@ -61,6 +63,7 @@ OURS = {
 # that are not listed may take any of these.
 THEIRS = {
   'errors': set(),
+  'hardware': set(),
   'checked': set(),
   'sections': set(),
   'config': set(),

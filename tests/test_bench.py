@@ -153,7 +153,7 @@ SHARES = [
   (H100, 'bfloat16', 'mlp', 0.5, MLP),
   (H100, 'bfloat16', 'full', 0.5, MLP + ATTENTION),
   (H100, 'float32', 'none', None, 0),
-  ('no such card', 'bfloat16', 'none', None, 0),
+  ('NVIDIA H100 80GB HBM3 MIG 1g.10gb', 'bfloat16', 'none', None, 0),
 ]
 
 

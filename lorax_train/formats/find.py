@@ -8,6 +8,11 @@ from lorax_train.formats import gguf
 
 _SUFFIX = '.gguf'
 
+WITHOUT_HUB = (
+  'without the hub give local ones: --config.model.path=DIR'
+  ' --config.data.path=FILE.json'
+)
+
 
 def find_model(
   path: str, remedy: str = 'give a local directory', weights: bool = True

@@ -1,100 +1,16 @@
-"""What a device is: memory, peak, bandwidths; and slices by their names.
-
-Figures are the makers' own and say what is possible at best:
-
-  v4, v5e, v5p, v6e, tpu7x   Google Cloud's documentation of each TPU version
-  h100, h200, b200, a100 ... NVIDIA's data sheets, dense, without sparsity
-
-of each a peak in bfloat16 with sums in float32, the bandwidth of the memory, and
-what a chip can receive from the others at a time: half of the bidirectional
-bandwidth that the makers state. Memory of a TPU is what its compiler lets a program
-have, as it says where one does not fit (libtpu 0.0.50.1); of a GPU, about what the
-driver reports, of which a run takes its part (`start.take_memory`).
-"""
+"""Slices and cards by their names, and the devices at hand."""
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorax_train.errors import ConfigError
-from lorax_train.train import start
-
-GIB = 1 << 30
-
-
-class Chip(NamedTuple):
-  """One accelerator.
-
-  Attributes:
-    platform: tpu, gpu or cpu, as jax names it.
-    hbm: bytes that programs of one chip may have.
-    flops: peak a second in bfloat16.
-    hbm_bandwidth: bytes a second.
-    link_bandwidth: bytes a second that a chip receives from others of its
-      slice, or of its host.
-    devices: devices that jax sees in a chip; each has its part of the above.
-    per_host: chips of a host.
-    network_bandwidth: bytes a second that a chip receives from other hosts,
-      where the links end there; 0 where they don't.
-    counts_cores: names of slices count cores, two a chip.
-    topology: prefix of the names of its slices for the compiler.
-  """
-
-  platform: str
-  hbm: int
-  flops: float
-  hbm_bandwidth: float
-  link_bandwidth: float
-  devices: int = 1
-  per_host: int = 8
-  network_bandwidth: float = 0.0
-  counts_cores: bool = False
-  topology: str = ''
-
-
-def _tpu(gib, tera, hbm, link, name, **more) -> Chip:
-  memory = int(gib * GIB)
-  return Chip('tpu', memory, tera * 1e12, hbm * 1e9, link * 1e9 / 2, topology=name, **more)  # fmt: skip
-
-
-def _gpu(gib, tera, hbm, link, network=0.0) -> Chip:
-  memory = int(gib * GIB)
-  return Chip('gpu', memory, tera * 1e12, hbm * 1e9, link * 1e9 / 2, network_bandwidth=network * 1e9)  # fmt: skip
-
-
-# GiB, TFLOP/s, GB/s of memory, GB/s of links (both directions).
-CHIPS = {
-  'v4': _tpu(30.75, 275, 1200, 300, 'v4', per_host=4, counts_cores=True),
-  'v5e': _tpu(15.75, 197, 819, 400, 'v5e', per_host=8),
-  'v5p': _tpu(95.73, 459, 2765, 1200, 'v5p', per_host=4, counts_cores=True),
-  'v6e': _tpu(31.24, 918, 1638, 800, 'v6e', per_host=8),
-  'tpu7x': _tpu(
-    189.48, 2307, 7380, 1200, 'tpu7x', devices=2, per_host=4, counts_cores=True
-  ),
-  'a100-40': _gpu(39.4, 312, 1555, 600, 25),
-  'a100-80': _gpu(79.2, 312, 2039, 600, 25),
-  'h100': _gpu(79.1, 989, 3350, 900, 50),
-  'h200': _gpu(139.8, 989, 4800, 900, 50),
-  'b200': _gpu(178.4, 2250, 8000, 1800, 50),
-  'l40s': _gpu(44.5, 362, 864, 64),
-  'rtx3090': _gpu(23.6, 71, 936, 64),
-  'rtx4090': _gpu(23.5, 165, 1008, 64),
-}
+from lorax_train.hardware import CHIPS, Chip, fraction, of_kind
 
 _ALIASES = {'v5litepod': 'v5e', 'v5lite': 'v5e', 'trillium': 'v6e', 'v7x': 'tpu7x', 'ironwood': 'tpu7x', 'a100': 'a100-80', '3090': 'rtx3090', '4090': 'rtx4090'}  # fmt: skip
-# As jax calls the devices: what its name holds, first match.
-_KINDS = (
-  ('TPU v5 lite', 'v5e'), ('TPU v5e', 'v5e'), ('TPU v6', 'v6e'), ('TPU v5', 'v5p'),
-  ('TPU v4', 'v4'), ('TPU7x', 'tpu7x'), ('TPU v7', 'tpu7x'), ('B200', 'b200'),
-  ('H200', 'h200'), ('H100', 'h100'), ('A100-SXM4-40', 'a100-40'),
-  ('A100-PCIE-40', 'a100-40'), ('A100', 'a100-80'), ('L40S', 'l40s'),
-  ('4090', 'rtx4090'), ('3090', 'rtx3090'),
-)  # fmt: skip
-
 # Shapes that a slice of so many chips is had in.
 _TORUS_2D = {1: '1x1', 4: '2x2', 8: '2x4', 16: '4x4', 32: '4x8', 64: '8x8', 128: '8x16', 256: '16x16'}  # fmt: skip
 _TORUS_3D = {1: '1x1x1', 4: '2x2x1', 8: '2x2x2', 16: '2x2x4', 32: '2x4x4', 64: '4x4x4', 128: '4x4x8', 256: '4x8x8', 512: '8x8x8', 1024: '8x8x16'}  # fmt: skip
@@ -203,8 +119,7 @@ def here(devices: Sequence[Any], own: Sequence[Any]) -> Topology:
     own: those of this process.
   """
   first = own[0]
-  kind = next((c for part, c in _KINDS if part in first.device_kind), None)
-  chip = CHIPS[kind] if kind else None
+  chip = of_kind(first.device_kind)
   limit = (first.memory_stats() or {}).get('bytes_limit')
   if first.platform == 'cpu':
     available = available_memory()
@@ -220,15 +135,6 @@ def here(devices: Sequence[Any], own: Sequence[Any]) -> Topology:
     len(devices),
     limit,
   )
-
-
-def fraction() -> float:
-  """What part of a GPU's memory a run takes."""
-  given = (os.environ.get(name) for name in start.SHARES)
-  try:
-    return float(next(filter(None, given), start.SHARE))
-  except ValueError:
-    return start.SHARE
 
 
 def available_memory() -> int | None:

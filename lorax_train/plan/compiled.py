@@ -16,8 +16,9 @@ from jax.experimental import topologies
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError
+from lorax_train.hardware import CHIPS
 from lorax_train.plan import hlo, shapes
-from lorax_train.plan.chips import CHIPS, Topology
+from lorax_train.plan.chips import Topology
 from lorax_train.train import setup
 
 # What XLA knows of a GPU that is not there; the rest follows from its kind.
@@ -84,17 +85,19 @@ class Compiled(NamedTuple):
 
 
 def missing(topology: Topology) -> str:
-  """What is not installed that compiling for it needs; '' if nothing is."""
+  """Why nothing can be compiled for it here; '' where it can."""
   if topology.platform == 'tpu':
     there = importlib.util.find_spec('libtpu') is not None
-    return '' if there else 'libtpu (pip install "jax[tpu]")'
+    return '' if there else 'libtpu is missing (pip install "jax[tpu]")'
   if topology.platform == 'gpu':
     if _gpu(topology) is None:
-      return 'what the compiler must know of that card'
+      return 'what XLA must be told of that card is not known here'
     plugins = (f'jax_cuda{n}_plugin' for n in (12, 13))
     there = any(map(importlib.util.find_spec, plugins))
-    return '' if there else 'CUDA for jax (pip install "jax[cuda12]")'
-  return '' if topology.platform == 'cpu' else 'a compiler for it'
+    return (
+      '' if there else 'CUDA for jax is missing (pip install "jax[cuda12]")'
+    )
+  return '' if topology.platform == 'cpu' else 'for such devices nobody tried'
 
 
 def devices_of(topology: Topology) -> list[jax.Device]:

@@ -41,7 +41,6 @@ class Estimate(NamedTuple):
     moved: bytes that its memory must read and write at the least.
     tokens: of a step, over all devices, padding counted.
     collectives: {kind: bytes that it receives}.
-    frozen: the base as shapes, as one device computes with it.
   """
 
   given: dict[str, int]
@@ -51,7 +50,6 @@ class Estimate(NamedTuple):
   moved: int
   tokens: int
   collectives: dict[str, int]
-  frozen: Any
 
 
 def estimate(
@@ -112,7 +110,6 @@ def estimate(
     _read_and_written(cfg, own, given, saved),
     tokens,
     collectives(cfg, whole, mesh),
-    own.frozen,
   )
 
 

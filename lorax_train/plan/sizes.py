@@ -47,7 +47,8 @@ def model_config(given: str) -> DecoderConfig:
   if path.is_file() and path.suffix == '.json':
     return hf_config.config_from_hf(read_object(path), str(path))
   try:
-    return hf_config.read_config(find.find_model(given, weights=False))
+    remedy = f'give a directory, a config.json or a size: {", ".join(SIZES)}'
+    return hf_config.read_config(find.find_model(given, remedy, weights=False))
   except ModelError:
     if path.exists() or '/' in given:
       raise

@@ -3,9 +3,9 @@
 from typing import Any
 
 from lorax_train import lora
+from lorax_train.hardware import GIB
 from lorax_train.models import params as params_lib
 from lorax_train.plan import hlo
-from lorax_train.plan.chips import GIB
 from lorax_train.plan.compiled import Compiled
 from lorax_train.plan.estimate import (
   ERROR,
@@ -38,7 +38,7 @@ def facts(
     not_compiled: why it was not asked.
   """
   found, topology = case.found, case.topology
-  trained, base = lora.count(found.frozen)
+  whole, _ = setup.abstract(case.cfg, case.adapters)
   n = matmul_parameters(case.adapters)
   devices = topology.devices
   a_token = found.flops * devices / found.tokens
@@ -56,8 +56,7 @@ def facts(
     'model': {
       'parameters': params_lib.total(case.adapters.model_cfg),
       'matmul_parameters': n,
-      'on_device': base,
-      'trained_on_device': trained,
+      'trained': lora.count(whole)[0],
     },
     'step': {
       'grad_accum': case.cfg.train.grad_accum,
@@ -71,11 +70,7 @@ def facts(
       'step': found.flops * devices,
       'token': a_token,
       'token_over_n': a_token / n,
-      'needed': dict(
-        needed_flops(
-          case.adapters, setup.abstract(case.cfg, case.adapters)[0], case.length
-        )
-      ),
+      'needed': dict(needed_flops(case.adapters, whole, case.length)),
     },
     'collectives': found.collectives,
     'seconds': seconds(found, topology),
@@ -150,7 +145,7 @@ def _model(of: dict[str, Any]) -> str:
     'model',
     f'{m["parameters"]:,} parameters, of which N ='
     f' {m["matmul_parameters"]:,} are in products;'
-    f' {m["trained_on_device"]:,} are trained',
+    f' {m["trained"]:,} are trained',
   )
 
 
@@ -158,7 +153,7 @@ def _step(of: dict[str, Any]) -> str:
   s = of['step']
   return _row(
     'step',
-    f'{s["grad_accum"]} x {s["batch_size"]} rows of {s["length"]:,} tokens:'
+    f'{s["grad_accum"]:,} x {s["batch_size"]:,} rows of {s["length"]:,} tokens:'
     f' {s["tokens"]:,}, padding included; remat {s["remat"]}',
   )
 
@@ -235,7 +230,7 @@ def _speed(of: dict[str, Any]) -> list[str]:
     return []
   limit = max(found, key=lambda k: found[k])
   rate, chips = of['tokens_per_second_chip'], of['topology']['chips']
-  times = ', '.join(f'{k} {v:.3f} s' for k, v in found.items())
+  times = ', '.join(f'{k} {v:.3g} s' for k, v in found.items() if v)
   return [
     _row(
       'at best',

@@ -1,22 +1,23 @@
 """Whether a run fits, by which remat, and what would make it fit."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, UserError
 from lorax_train.formats import find, hf_config
+from lorax_train.hardware import GIB, SHARES, fraction
 from lorax_train.models.remat import POLICIES
 from lorax_train.plan import chips, shapes
-from lorax_train.plan.chips import GIB, Topology
+from lorax_train.plan.chips import Topology
 from lorax_train.plan.estimate import ERROR, SPARE, Estimate, estimate
-from lorax_train.train import inspection, loop, setup, start
+from lorax_train.train import inspection, losses, setup
 
 AUTO = 'auto'
 # Of what 'auto' chooses from, the first that fits. 'none' is not among them: it makes
@@ -98,13 +99,14 @@ def case(
 
 def nearest(of: Case) -> Change | None:
   """The first change, from the cheapest on, that makes a run fit; or none."""
-  for words, cfg, topology in _changes(of):
+  for there, cfg, topology in _changes(of):
     try:
       changed = case(cfg, of.adapters, topology)
     except ConfigError:
       continue  # a mesh that cannot cut those batches
     if changed.share <= 1 - SPARE:
-      return Change(words, changed)
+      words = ' '.join([there, *_flags(of.cfg, changed.cfg)])
+      return Change(words.strip(), changed)
   return None
 
 
@@ -114,59 +116,65 @@ def _with(cfg: TrainConfig, section: str, **values: Any) -> TrainConfig:
 
 
 def _changes(of: Case) -> Iterator[tuple[str, TrainConfig, Topology]]:
-  """(flags, run, devices): each goes on from what cost the least before it."""
+  """(other devices, run, devices): each goes on from what cost the least."""
   cfg, topology = of.cfg, of.topology
-  words = ''
+  there = ''
+  most = losses.chunk_of(of.adapters.model_cfg.vocab)
+  made = of.found.made
+  heavy = made['logits'] > made['saved activations']
+  if heavy and cfg.train.loss_chunk > most:
+    yield there, (cfg := _with(cfg, 'train', loss_chunk=0)), topology
   for policy in POLICIES[POLICIES.index(cfg.model.remat) + 1 :]:
-    words = f'--config.model.remat={policy}'
-    yield words, (cfg := _with(cfg, 'model', remat=policy)), topology
+    yield there, (cfg := _with(cfg, 'model', remat=policy)), topology
   chip = topology.chip
-  if topology.platform == 'gpu' and chip and chips.fraction() < 0.9:
-    most = int(chip.hbm * 0.95) // chip.devices
-    if topology.limit and most > topology.limit:
-      topology = topology._replace(limit=most)
-      words = f'{start.SHARES[0]}=0.95 {words}'.strip()
-      yield words, cfg, topology
+  if topology.platform == 'gpu' and chip and fraction() < 0.9:
+    limit = int(chip.hbm * 0.95) // chip.devices
+    if topology.limit and limit > topology.limit:
+      topology = topology._replace(limit=limit)
+      there = f'{SHARES[0]}=0.95'
+      yield there, cfg, topology
   if of.mesh.shape['fsdp'] < topology.devices:
-    cut = _with(cfg, 'mesh', data=1, fsdp=-1, tensor=1)
-    said = '--config.mesh.data=1 --config.mesh.fsdp=-1 --config.mesh.tensor=1'
-    yield f'{words} {said}'.strip(), cut, topology
+    yield there, _with(cfg, 'mesh', data=1, fsdp=-1, tensor=1), topology
   ways = parallel.batch_ways(of.mesh)
   rows, n_micro = cfg.train.batch_size, cfg.train.grad_accum
-  before = words
   while rows % 2 == 0 and (rows // 2) % ways == 0:
     rows, n_micro = rows // 2, n_micro * 2
     cfg = _with(cfg, 'train', batch_size=rows, grad_accum=n_micro)
-    words = (
-      f'{before} --config.train.batch_size={rows}'
-      f' --config.train.grad_accum={n_micro}'
-    ).strip()
-    yield words, cfg, topology
+    yield there, cfg, topology
   length = of.length
   while length // 2 >= _LEAST_CUT:
     length //= 2
-    shorter = _with(cfg, 'data', max_length=length)
-    said = f'--config.data.max_length={length}'
-    yield f'{words} {said}'.strip(), shorter, topology
-  yield from _more_chips(of, cfg, words, topology)
+    yield there, _with(cfg, 'data', max_length=length), topology
+  if topology.chip:
+    yield from _more_chips(of, cfg, there, topology)
 
 
 def _more_chips(
-  of: Case, cfg: TrainConfig, words: str, topology: Topology
+  of: Case, cfg: TrainConfig, there: str, topology: Topology
 ) -> Iterator[tuple[str, TrainConfig, Topology]]:
-  """Slices twice, four times ... as large, all of them cutting the weights."""
-  for times in (2, 4, 8, 16) if topology.chip else ():
-    n = topology.devices * times
-    rows = math.lcm(of.cfg.train.batch_size, n)
-    wider = _with(cfg, 'mesh', data=1, fsdp=-1, tensor=1)
-    wider = _with(wider, 'train', batch_size=rows, grad_accum=1)
-    larger = topology._replace(
-      name=f'{topology.chips * times} chips',
-      chips=topology.chips * times,
-      devices=n,
-    )
-    said = f'{topology.chips * times} chips in place of {topology.chips}'
-    yield f'{said} {words}'.strip(), wider, larger
+  """Slices twice, four times ... as large, all of them cutting the weights.
+
+  A row a device, and as many rows a step as before, or just above.
+  """
+  cfg = _with(cfg, 'mesh', data=1, fsdp=-1, tensor=1)
+  rows = of.cfg.train.batch_size * of.cfg.train.grad_accum
+  for times in (2, 4, 8, 16):
+    chips_, n = topology.chips * times, topology.devices * times
+    wider = _with(cfg, 'train', batch_size=n, grad_accum=-(-rows // n))
+    larger = topology._replace(name=f'{chips_} chips', chips=chips_, devices=n)
+    said = f'{chips_} chips in place of {topology.chips}'
+    yield f'{said} {there}'.strip(), wider, larger
+
+
+def _flags(before: TrainConfig, after: TrainConfig) -> list[str]:
+  """What makes one run of the other, on the command line."""
+  was, is_ = (config_lib.to_mapping(cfg) for cfg in (before, after))
+  return [
+    f'--config.{section}.{key}={value}'
+    for section in ('train', 'model', 'mesh', 'data')
+    for key, value in is_[section].items()
+    if value != was[section][key]
+  ]
 
 
 def gib(n: float) -> str:
@@ -193,13 +201,14 @@ def prepare(
     ModelError: no such model.
   """
   topology = topology or chips.here(jax.devices(), jax.local_devices())
-  model_dir = find.find_model(cfg.model.path, loop.WITHOUT_HUB, weights=False)
+  model_dir = find.find_model(cfg.model.path, find.WITHOUT_HUB, False)
   adapters = setup.plan_adapters(cfg, hf_config.read_config(model_dir))
   longest = case(_as_before(cfg, adapters, topology), adapters, topology)
   chosen = longest.cfg
   lines = []
   if cfg.model.remat == AUTO:
-    lines.append(f'remat      {chosen.model.remat}: {_needs(longest)}')
+    needs = f'a step takes about {_needs(longest)}'
+    lines.append(f'remat      {chosen.model.remat}: {needs}')
   if longest.share <= 1 + ERROR:
     return chosen, lines
   least = longest

@@ -37,12 +37,6 @@ from lorax_train.train.stopping import StopRequests, stop_requests
 
 Tree = Any
 
-# What to do where the hub cannot be reached.
-WITHOUT_HUB = (
-  'without the hub give local ones: --config.model.path=DIR'
-  ' --config.data.path=FILE.json'
-)
-
 
 def run(cfg: TrainConfig) -> Path:
   """Trains, and returns the directory of the PEFT adapter.
@@ -71,7 +65,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
 
   # --- configuration and rows before weights: cheap mistakes show first
   with together.together():
-    model_dir = find.find_model(cfg.model.path, WITHOUT_HUB)
+    model_dir = find.find_model(cfg.model.path, find.WITHOUT_HUB)
     model_cfg = hf_config.read_config(model_dir)
     weights = safetensors.open_dir(model_dir)
     adapters = setup.plan_adapters(cfg, model_cfg)

@@ -9,14 +9,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from lorax_train import distributed, errors, together
+from lorax_train import distributed, errors, hardware, together
 from lorax_train.config import TrainConfig
 from lorax_train.train import loop
-
-# Environment variables that say what part of a GPU's memory jax takes, the second by
-# its old name; and what a run takes where they say nothing, for jax's 0.75.
-SHARES = ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION')
-SHARE = 0.92
 
 # A run, and what is to be said of it, before anything is loaded.
 Prepare = Callable[[TrainConfig], tuple[TrainConfig, list[str]]]
@@ -41,7 +36,7 @@ def run(
     UserError: alone, what is wrong; the caller reports it.
     OSError: likewise.
   """
-  take_memory()  # before jax looks at its devices
+  hardware.take_memory()  # before jax looks at its devices
   distributed.start(options)
   keep_compiled()
   if not together.several():
@@ -86,12 +81,6 @@ def _run_as_one(cfg: TrainConfig, prepare: Prepare) -> int:
       traceback.print_exc(file=sys.__stderr__)
     together.leave(*(told or (1, f'{type(error).__name__}: {what}')))
   return 0
-
-
-def take_memory() -> None:
-  """Lets jax have nearly all of a GPU, where the user has not said how much."""
-  if not any(os.environ.get(name) for name in SHARES):
-    os.environ[SHARES[0]] = str(SHARE)
 
 
 def keep_compiled() -> None:

@@ -2,8 +2,8 @@
 
 Every check is made, whatever the others say; one that needs what another has
 found wrong is skipped. No weights are loaded, no device is touched, and nothing
-but the cache of rows is written. Whether the mesh fits the devices is left to `train`, which asks that
-before it loads anything.
+but the cache of rows is written. Whether the mesh and the step fit the devices is
+left to `train`, which asks that before it loads anything, and to `plan`.
 """
 
 import dataclasses

@@ -6,9 +6,9 @@ and what the compiler says that a program may have.
 
 import pytest
 
+from lorax_train import hardware
 from lorax_train.errors import ConfigError
 from lorax_train.plan import chips
-from lorax_train.train import start
 
 # name, chips, devices, shape, GiB a device.
 NAMES = [
@@ -26,6 +26,7 @@ NAMES = [
   ('tpu7x:2x2x1', 4, 8, '2x2x1', 94.74),
   ('h100-8', 8, 8, '', 79.1 * 0.92),
   ('h100', 1, 1, '', 79.1 * 0.92),
+  ('h100-pcie-2', 2, 2, '', 79.1 * 0.92),
   ('h200-1', 1, 1, '', 139.8 * 0.92),
   ('a100-8', 8, 8, '', 79.2 * 0.92),
   ('a100-80gb-8', 8, 8, '', 79.2 * 0.92),
@@ -38,7 +39,7 @@ NAMES = [
 
 @pytest.fixture(autouse=True)
 def no_fraction(monkeypatch):
-  for name in start.SHARES:
+  for name in hardware.SHARES:
     monkeypatch.delenv(name, raising=False)
 
 
@@ -46,7 +47,7 @@ def no_fraction(monkeypatch):
 def test_a_name_says(name, n, devices, shape, gib):
   found = chips.topology(name)
   assert (found.chips, found.devices, found.shape) == (n, devices, shape)
-  assert found.limit == pytest.approx(gib * chips.GIB, rel=1e-6)
+  assert found.limit == pytest.approx(gib * hardware.GIB, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +75,10 @@ def test_what_is_no_name_is_said_in_a_line(name, words):
   ('given', 'part'), [('0.95', 0.95), ('nonsense', 0.92)]
 )
 def test_a_gpu_gives_what_jax_is_told_to_take(monkeypatch, given, part):
-  monkeypatch.setenv(start.SHARES[0], given)
-  h100 = chips.CHIPS['h100']
+  monkeypatch.setenv(hardware.SHARES[0], given)
+  h100 = hardware.CHIPS['h100']
   assert chips.topology('h100-1').limit == int(h100.hbm * part)
-  assert chips.topology('v5e-1').limit == chips.CHIPS['v5e'].hbm
+  assert chips.topology('v5e-1').limit == hardware.CHIPS['v5e'].hbm
 
 
 class Device:
@@ -99,14 +100,18 @@ class Device:
     ('gpu', 'NVIDIA H100 80GB HBM3', 'h100'),
     ('gpu', 'NVIDIA A100-SXM4-40GB', 'a100-40'),
     ('gpu', 'NVIDIA A100-SXM4-80GB', 'a100-80'),
+    ('gpu', 'NVIDIA H100 PCIe', 'h100-pcie'),
     ('gpu', 'NVIDIA GeForce RTX 4090', 'rtx4090'),
+    # Parts of a card, and cards that only sound alike.
+    ('gpu', 'NVIDIA H100 80GB HBM3 MIG 1g.10gb', None),
+    ('gpu', 'NVIDIA GH200 480GB', None),
     ('gpu', 'some other card', None),
   ],
 )
 def test_devices_at_hand_are_known_by_their_kind(platform, kind, chip):
   devices = [Device(platform, kind, 1000)] * 4
   found = chips.here(devices, devices[:2])
-  assert found.chip is (chips.CHIPS[chip] if chip else None)
+  assert found.chip is (hardware.CHIPS[chip] if chip else None)
   assert (found.devices, found.limit) == (4, 1000)
 
 

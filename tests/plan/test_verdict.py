@@ -5,12 +5,13 @@ import json
 
 import pytest
 
+from lorax_train import config, hardware
 from lorax_train.__main__ import cli
 from lorax_train.errors import ConfigError, ModelError
-from lorax_train.plan import chips, sizes, verdict
+from lorax_train.plan import chips, sizes, text, verdict
 from lorax_train.plan.estimate import ERROR, SPARE
-from lorax_train.train import start
-from tests.plan.cases import devices, run
+from lorax_train.train import rundir
+from tests.plan.cases import SMALL, devices, run
 from tests.toys import write_model
 
 
@@ -40,8 +41,15 @@ def test_auto_is_full_where_nothing_fits_or_nobody_knows(limit):
   assert chosen.cfg.model.remat == verdict.LADDER[-1]
 
 
+WIDE = dataclasses.replace(SMALL, vocab=64_000)
 CHANGES = [
   # The last policy fits, or nearly; so many rows; what is advised.
+  (
+    'logits',
+    {'size': WIDE, 'length': 512, 'train': {'loss_chunk': 4096}},
+    {'size': WIDE, 'length': 512},
+    '--config.train.loss_chunk=0',
+  ),
   ('remat', {'remat': 'none'}, 'full', '--config.model.remat=full'),
   (
     'rows',
@@ -71,22 +79,30 @@ def test_the_nearest_change_is_advised(what, of, enough, words):
 
 
 def test_a_gpu_is_first_asked_for_more_of_its_memory(monkeypatch):
-  monkeypatch.setenv(start.SHARES[0], '0.75')
+  monkeypatch.setenv(hardware.SHARES[0], '0.75')
   cfg, adapters = run()
   found = verdict.case(cfg, adapters, devices()).found.peak
-  card = chips.CHIPS['h100']._replace(hbm=int(found / 0.85))
+  card = hardware.CHIPS['h100']._replace(hbm=int(found / 0.85))
   topology = chips.Topology('card', 'gpu', card, 1, 1, int(card.hbm * 0.75))
   change = verdict.nearest(verdict.case(cfg, adapters, topology))
-  assert change.words == f'{start.SHARES[0]}=0.95'
+  assert change.words == f'{hardware.SHARES[0]}=0.95'
 
 
 def test_more_chips_come_last():
   topology = chips.topology('v5e-1')
   halves = {'dtype': 'bfloat16', 'param_dtype': 'bfloat16'}
-  cfg, adapters = run(sizes.SIZES['mistral-7b'], 256, 1, model=halves)
-  small = topology._replace(limit=8 * chips.GIB)
+  cfg, adapters = run(
+    sizes.SIZES['mistral-7b'], 256, 3, model=halves, train={'grad_accum': 4}
+  )
+  small = topology._replace(limit=8 * hardware.GIB)
   change = verdict.nearest(verdict.case(cfg, adapters, small))
-  assert change.words.startswith('4 chips in place of 1')
+  flags = '--config.train.batch_size=4 --config.train.grad_accum=3'
+  assert change.words == f'4 chips in place of 1 {flags}'
+  assert change.case.mesh.shape['fsdp'] == 4
+  # As many rows a step, and nothing about it that the flags don't say.
+  said = config.to_mapping(cfg)
+  said['train'].update(batch_size=4, grad_accum=3)
+  assert config.from_mapping(said) == change.case.cfg
 
 
 @pytest.fixture
@@ -115,10 +131,27 @@ def test_prepare_lets_through_what_fits_and_says_what_it_chose(on_disk):
   chosen, lines = verdict.prepare(cfg, devices(limit=1 << 40))
   assert chosen.model.remat == 'dots'
   assert len(lines) == 1
-  assert lines[0].startswith('remat      dots: ')
+  assert lines[0].startswith('remat      dots: a step takes about ')
   cfg = on_disk()
   assert verdict.prepare(cfg, devices(limit=1 << 40)) == (cfg, [])
   assert verdict.prepare(cfg, devices(limit=None)) == (cfg, [])
+
+
+@pytest.mark.parametrize(
+  ('began', 'room', 'goes_on'),
+  [('mlp', 1 << 40, 'mlp'), ('none', 1 << 40, 'none'), ('dots', 1, 'full')],
+)
+def test_a_run_that_goes_on_keeps_its_remat_where_it_fits(
+  on_disk, tmp_path, began, room, goes_on
+):
+  cfg = dataclasses.replace(on_disk(remat='auto'), run_dir=str(tmp_path))
+  was = config.to_mapping(cfg)
+  was['model']['remat'] = began
+  (tmp_path / rundir.CONFIG).write_text(json.dumps(was))
+  (tmp_path / rundir.RUN).write_text('{"inputs": {}}')
+  limit = max(room, int(fitting(on_disk(remat='full')) / (1 - SPARE)) + 1)
+  chosen, _ = verdict.prepare(cfg, devices(limit=limit))
+  assert chosen.model.remat == goes_on
 
 
 def test_prepare_refuses_packs_that_cannot_fit(on_disk):
@@ -192,11 +225,26 @@ def test_the_verb_answers_in_words_and_in_json(capsys):
   )
 
 
+def test_what_is_trained_is_counted_over_all_devices():
+  cfg, adapters = run(mesh={'tensor': 4})
+  found = verdict.case(cfg, adapters, devices(8, platform='tpu'))
+  m = SMALL
+  ends = (m.hidden + m.heads * m.head_dim) * 2  # of q and o
+  ends += (m.hidden + m.kv_heads * m.head_dim) * 2 + (m.hidden + m.mlp) * 3
+  facts = text.facts(found, None)
+  assert facts['model']['trained'] == 16 * m.layers * ends
+  assert facts['flops']['needed']['adapters'] == 6 * 16 * m.layers * ends
+
+
 @pytest.mark.parametrize(
   ('argv', 'words'),
   [
     (['--model', 'mistral-7b', '--topology', 'v9-1'], 'no such chip'),
-    (['--model', 'mistral-7b', '--config.train.steps=3'], 'does not go with'),
+    (
+      ['--model', 'mistral-7b', '--config.train.steps=3'],
+      'does not go with --model: give --config FILE --config.model.path=mist',
+    ),
+    (['--model', 'mistral-7b', '--fomula'], '--fomula is no option'),
     (['--topology', 'v5e-1'], '--config=FILE is missing'),
   ],
 )

@@ -13,6 +13,7 @@ import sys
 import jax
 import pytest
 
+from lorax_train import hardware
 from lorax_train.train import start
 
 
@@ -69,7 +70,7 @@ def test_without_xdg_it_is_below_home(cache_dir, monkeypatch, tmp_path):
 def test_a_run_takes_nearly_all_of_a_gpu(given, taken, monkeypatch):
   environ = {'HOME': '/root', **given}
   monkeypatch.setattr(os, 'environ', environ)
-  start.take_memory()
+  hardware.take_memory()
   assert environ == {'HOME': '/root', **taken}
 
 
