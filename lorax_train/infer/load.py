@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lorax_train import lora, parallel
 from lorax_train.data import tokenize
 from lorax_train.formats import find, hf, hf_config, peft
+from lorax_train.models.attention import plain_attention
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
 
@@ -35,7 +36,8 @@ def load(
 
   Returns:
     apply: (params, ids [B, T], positions_BT=None, mask_BS=None) -> logits
-      [B, T, V] float32.
+      [B, T, V] float32. It can be differentiated at any order and in either
+      mode, for which attention holds T x T scores.
     params: the weights; adapted ones behave as W + scale A^T B under `@`.
     tokenizer: see `data.tokenize.Tokenizer`.
 
@@ -82,7 +84,7 @@ def load_model(
     cfg, loaded, placed = peft.on_model(loaded, cfg)
     base = hf.load_params(directory, cfg, param_dtype, mesh)
     params = lora.bind(*peft.attach(loaded, placed, cfg, base))
-  model: Any = Decoder(cfg, dtype)
+  model: Any = Decoder(cfg, dtype, kernel=plain_attention)
 
   def apply(params, ids_BT, positions_BT=None, mask_BS=None):
     return model.apply({'params': params}, ids_BT, positions_BT, mask_BS)

@@ -1,8 +1,9 @@
 """Softmax attention: which token sees which, and who computes it.
 
 Rows of training go through one of KERNELS, none of which holds T x T scores
-(cuDNN wants a T x T mask for packs); padding masks and caches, which only
-inference has, through jax's own.
+(cuDNN wants a T x T mask for packs), and none of which can be differentiated
+twice or forwards; padding masks and caches, which only inference has, through
+jax's own, as does what users of `load` differentiate as they like.
 
 Axis letters: B batch, T query time, S key time, N heads, K kv heads, H head
 dim.
@@ -154,6 +155,21 @@ def first_seen(
   return first_BT
 
 
+def plain_attention(
+  q_BTNH: Array,
+  k_BTKH: Array,
+  v_BTKH: Array,
+  segments_BT: Array | None = None,
+  *,
+  window: int | None,
+) -> Array:
+  """A kernel with T x T scores: differentiable forwards, and at any order."""
+  mask_BNTS = None
+  if segments_BT is not None:
+    mask_BNTS = (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+  return _causal(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window)
+
+
 def padded_attention(
   q_BTNH: Array,
   k_BSKH: Array,
@@ -162,11 +178,15 @@ def padded_attention(
   mask_BS: Array,
 ) -> Array:
   """`attention` where keys of which the mask is False are not seen."""
+  return _causal(q_BTNH, k_BSKH, v_BSKH, mask_BS[:, None, None], window)
+
+
+def _causal(q_BTNH, k_BSKH, v_BSKH, mask_BNTS, window):
   return masked_attention(
     q_BTNH,
     k_BSKH,
     v_BSKH,
-    mask_BS[:, None, None],
+    mask_BNTS,
     is_causal=True,
     local_window_size=None if window is None else (window - 1, 0),
   )

@@ -42,17 +42,19 @@ def make_evaluate(
   rows: Rows,
   batch_size: int,
   mesh: jax.sharding.Mesh,
+  loss_chunk: int,
 ) -> Callable[..., float | None]:
   """(trainable, frozen) -> mean loss a learned token over the held-out rows.
 
   Args:
-    apply: (params, ids) -> logits.
+    apply: (params, ids) -> logits, or what stands before the head.
     frozen: from `lora.split`; what is taken where none is given.
     rows: its held-out rows are evaluated; of none, the loss is None.
     batch_size: rows of a batch, over all devices.
     mesh: devices.
+    loss_chunk: see `losses.next_token_loss_of_states`.
   """
-  eval_step = jax.jit(step_lib.make_eval_step(apply))
+  eval_step = jax.jit(step_lib.make_eval_step(apply, loss_chunk))
   sharding = parallel.batch_sharding(mesh, axis=0)
 
   def evaluate(trainable: Tree, frozen: Tree = frozen) -> float | None:
@@ -225,6 +227,7 @@ def _evaluate(
       rows,
       cfg.train.batch_size,
       mesh,
+      cfg.train.loss_chunk,
     )
     base = evaluate(*_switched_off(frozen, trainable, params))
     adapted = evaluate(trainable) if adapters.loaded else None

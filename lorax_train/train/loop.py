@@ -139,7 +139,9 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     compiled = {}
     for length, shapes in rows.shapes(cfg, mesh).items():
       compiled[length] = step.lower(state, frozen, shapes).compile()
-    evaluate = make_evaluate(apply, frozen, rows, cfg.train.batch_size, mesh)
+    evaluate = make_evaluate(
+      apply, frozen, rows, cfg.train.batch_size, mesh, cfg.train.loss_chunk
+    )
     answer = samples.make_answer(
       cfg, model_cfg, model_dir, frozen, rows, chosen
     )

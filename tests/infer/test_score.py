@@ -3,6 +3,7 @@
 Reference: logits and losses that transformers and PEFT gave (tests/golden).
 """
 
+import functools
 import io
 import json
 import os
@@ -20,7 +21,10 @@ from safetensors.numpy import load_file
 import lorax_train
 from lorax_train import __main__, parallel
 from lorax_train.errors import DataError
+from lorax_train.formats import hf_config
 from lorax_train.infer import score as room
+from lorax_train.infer.load import load_params
+from lorax_train.models.mistral import Decoder
 from tests.formats.refusals import refusal
 from tests.toys import random_ids, write_model
 
@@ -300,10 +304,49 @@ def test_load_gives_a_function_parameters_and_a_tokenizer(
   ]
 
 
+def test_what_load_gives_can_be_differentiated_twice_and_forwards(golden):
+  """Against the kernel of training, which cannot: other code altogether."""
+  folder, want, _ = reference(golden, 'mistral_window')
+  apply, params = load_params(folder / 'model')
+  model = Decoder(hf_config.read_config(folder / 'model'))
+  ids = jnp.asarray(want['ids'])
+  along = jax.tree.map(
+    lambda w: jax.random.normal(jax.random.key(3), w.shape) / 10, params
+  )
+
+  def loss(apply, params):
+    return jnp.mean(jnp.square(jnp.tanh(apply(params, ids))))
+
+  def slope(grads):
+    return sum(map(jnp.vdot, *map(jax.tree.leaves, (grads, along))))
+
+  @jax.jit
+  def of_load(params):
+    own = functools.partial(loss, apply)
+    forwards = jax.jvp(own, (params,), (along,))[1]
+    return forwards, jax.grad(lambda p: slope(jax.grad(own)(p)))(params)
+
+  @jax.jit
+  def of_training(params):
+    own = functools.partial(
+      loss, lambda p, ids: model.apply({'params': p}, ids)
+    )
+    grads, products = jax.jvp(jax.grad(own), (params,), (along,))
+    return slope(grads), products
+
+  got, wanted = of_load(params), of_training(params)
+  np.testing.assert_allclose(got[0], wanted[0], rtol=1e-5)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(
+      g, w, rtol=0, atol=1e-5 * float(jnp.abs(w).max())
+    ),
+    got[1],
+    wanted[1],
+  )
+
+
 def test_load_takes_positions_and_a_mask(golden):
   folder, want, _ = reference(golden, 'mistral_tied')
-  from lorax_train.infer.load import load_params
-
   apply, params = load_params(folder / 'model')
   mask = want['mask'].astype(bool)
   positions = np.arange(12, dtype=np.int32)[None]
@@ -321,8 +364,6 @@ def test_load_takes_positions_and_a_mask(golden):
 @pytest.mark.parametrize('adapter', [None, 'adapter_patterns'])
 def test_load_onto_eight_devices_gives_the_same(adapter, golden):
   folder, want, _ = reference(golden, 'mistral_window')
-  from lorax_train.infer.load import load_params
-
   mesh = parallel.make_mesh(data=1, fsdp=2, tensor=4)
   apply, params = load_params(
     folder / 'model', mesh, adapter and str(folder / adapter)

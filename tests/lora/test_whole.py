@@ -76,14 +76,23 @@ SPECS = {
 }
 
 
+@pytest.fixture
+def float64():
+  """Sums over 50 cancel to 0.3 here: float32 alone would part them by 1e-3."""
+  params = weights()
+  with jax.enable_x64(True):
+    yield jax.tree.map(lambda w: w.astype(jnp.float64), params)
+
+
 @pytest.mark.compat
 @pytest.mark.parametrize('case', SPECS)
-def test_it_begins_as_the_base_and_learns_as_the_merged_weights(case):
-  frozen, trainable = split(SPECS[case])
+def test_it_begins_as_the_base_and_learns_as_the_merged_weights(case, float64):
+  frozen, trainable = split(SPECS[case], float64)
   chex.assert_trees_all_close(
-    fn(lora.bind(frozen, trainable), IDS), fn(weights(), IDS), rtol=1e-6
+    fn(lora.bind(frozen, trainable), IDS), fn(float64, IDS), rtol=1e-12
   )
   trainable = moved(trainable)
+  assert {x.dtype for x in jax.tree.leaves(trainable)} == {np.dtype('float64')}
 
   def bound(t):
     return loss(lora.bind(frozen, t))
@@ -96,10 +105,10 @@ def test_it_begins_as_the_base_and_learns_as_the_merged_weights(case):
       jnp.sum(jnp.sin(out)) for out in lora.transform(fn)(frozen, t, IDS)
     )
 
-  want = jax.value_and_grad(merged)(trainable)
+  want = jax.jit(jax.value_and_grad(merged))(trainable)
   for own in (bound, traced):
-    got = jax.value_and_grad(own)(trainable)
-    chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
+    got = jax.jit(jax.value_and_grad(own))(trainable)
+    chex.assert_trees_all_close(got, want, rtol=1e-10, atol=1e-10)
 
 
 def test_rows_of_an_embedding_cost_no_table():

@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from lorax_train import __main__, config
 from lorax_train.errors import DataError, DivergedError, ModelError, ResumeError
-from lorax_train.train import evaluate, loop, rundir
+from lorax_train.train import evaluate, loop, rundir, step
+from lorax_train.train import losses as losses_lib
 from tests.formats.refusals import refusal
 from tests.toys import random_ids, write_model
 
@@ -46,8 +47,9 @@ def start(root, dtype='float32', **sections):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """A finished run in float32."""
-  return start(tmp_path_factory.mktemp('evaluate') / 'a')
+  """A finished run in float32, whose loss is of few tokens at a time."""
+  root = tmp_path_factory.mktemp('evaluate') / 'a'
+  return start(root, train={'loss_chunk': 24})
 
 
 @pytest.fixture
@@ -96,6 +98,21 @@ def test_a_run_gets_the_losses_that_it_logged(
   assert report['rows'] == 5
   assert report['dtype'] == dtype
   assert report['run'] == str(run_dir)
+
+
+def test_logits_of_a_run_are_as_few_as_in_training(run, monkeypatch):
+  chunks = []
+
+  def spied(*args):
+    chunks.append(args[-1])
+    return losses_lib.next_token_loss_of_states(*args)
+
+  monkeypatch.setattr(step, 'next_token_loss_of_states', spied)
+  evaluate.evaluate_run(str(run))
+  assert set(chunks) == {24}
+  (run.parent / 'again').mkdir()
+  start(run.parent / 'again', train={'loss_chunk': 7})
+  assert set(chunks) == {24, 7}
 
 
 def test_a_run_in_words(finished, capsys):

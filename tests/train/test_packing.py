@@ -58,9 +58,9 @@ def real(shared, one_device):
   return model_cfg, params, packed, alone
 
 
-def apply_of(model_cfg, remat='none'):
+def apply_of(model_cfg, remat='none', dtype='float32'):
   cfg = make_config('unused', 'unused', 'unused')
-  model = dataclasses.replace(cfg.model, remat=remat)
+  model = dataclasses.replace(cfg.model, remat=remat, dtype=dtype)
   return setup.make_apply(dataclasses.replace(cfg, model=model), model_cfg)
 
 
@@ -76,18 +76,22 @@ def token_losses(before_head, batch):
 @pytest.mark.compat
 @pytest.mark.parametrize('window', [None, 16])
 def test_a_token_in_a_pack_has_the_loss_of_its_row_alone(window, real, strict):
+  """In float64: logits reach 23, and sums in float32 part them by 1e-5."""
   model_cfg, params, packed, alone = real
-  apply = jax.jit(apply_of(dataclasses.replace(model_cfg, window=window)))
-  in_packs = apply(
-    params, packed['ids'], packed['positions'], packed['segments']
-  )
-  want = token_losses(apply(params, alone['ids']), alone)
-  got = token_losses(in_packs, packed)
-  assert len(want) > 200
-  np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
-  # Of tokens that saw the rows before them, it is not.
-  mixed = token_losses(apply(params, packed['ids']), packed)
-  assert np.abs(mixed - want).max() > 0.1
+  model_cfg = dataclasses.replace(model_cfg, window=window)
+  with jax.enable_x64(True):
+    params = jax.tree.map(lambda w: w.astype(jnp.float64), params)
+    apply = jax.jit(apply_of(model_cfg, dtype='float64'))
+    in_packs = apply(
+      params, packed['ids'], packed['positions'], packed['segments']
+    )
+    want = token_losses(apply(params, alone['ids']), alone)
+    got = token_losses(in_packs, packed)
+    assert len(want) > 200
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+    # Of tokens that saw the rows before them, it is not.
+    mixed = token_losses(apply(params, packed['ids']), packed)
+    assert np.abs(mixed - want).max() > 0.1
 
 
 @pytest.mark.compat
