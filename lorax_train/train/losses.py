@@ -65,7 +65,7 @@ def next_token_loss_of_states(
     chunk: tokens a device whose logits stand in memory at once; 0 for
       `chunk_of(V)`.
   """
-  next_BT, count = _scored(labels_BT)
+  next_BT, count = _scored(_after(x_BTD, labels_BT))
   n_rows, n_tokens = next_BT.shape
   tokens = chunk or chunk_of(w_head.shape[-1])
   n_chunks = -(-n_tokens // max(1, tokens // _rows_a_device(n_rows)))
@@ -88,6 +88,18 @@ def _rows_a_device(rows: int) -> int:
   mesh: Any = jax.sharding.get_abstract_mesh()
   ways = 1 if mesh.empty else parallel.batch_ways(mesh)
   return rows // ways if rows % ways == 0 else rows
+
+
+def _after(x_BTD: jax.Array, labels_BT: jax.Array) -> jax.Array:
+  """The labels, once there are states; where these are NaN, always a label.
+
+  A collective that waits for nothing is begun before those of the layers by some
+  of XLA's CPU devices and after them by others, and then all wait for ever (seen
+  with jax 0.10.2). That a NaN shows in the loss, label or none, is as it should
+  be: it is in the gradient.
+  """
+  nan_BT = jnp.isnan(jax.lax.stop_gradient(x_BTD[..., 0]))
+  return jnp.where(nan_BT, jnp.maximum(labels_BT, 0), labels_BT)
 
 
 def _scored(labels_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
