@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from lorax_train.models import attention_kernels, attention_xla
+from lorax_train.models.attention_kernels import causal_attention, same_segment
 from lorax_train.parallel import partition
 
 Array = Any
@@ -164,10 +165,8 @@ def plain_attention(
   window: int | None,
 ) -> Array:
   """A kernel with T x T scores: differentiable forwards, and at any order."""
-  mask_BNTS = None
-  if segments_BT is not None:
-    mask_BNTS = (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
-  return _causal(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window)
+  mask_BNTS = None if segments_BT is None else same_segment(segments_BT)
+  return causal_attention(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window)
 
 
 def padded_attention(
@@ -178,35 +177,8 @@ def padded_attention(
   mask_BS: Array,
 ) -> Array:
   """`attention` where keys of which the mask is False are not seen."""
-  return _causal(q_BTNH, k_BSKH, v_BSKH, mask_BS[:, None, None], window)
-
-
-def _causal(q_BTNH, k_BSKH, v_BSKH, mask_BNTS, window):
-  return masked_attention(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    mask_BNTS,
-    is_causal=True,
-    local_window_size=None if window is None else (window - 1, 0),
-  )
-
-
-def masked_attention(
-  q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BNTS: Array | None, **limits
-) -> Array:
-  """Softmax attention -> [B, T, N, H] by a mask and jax's own `limits`."""
-  # jax's own code promotes bfloat16 to float32 here, also where the caller
-  # has asked for strict dtypes.
-  with jax.numpy_dtype_promotion('standard'):
-    return jax.nn.dot_product_attention(
-      q_BTNH,
-      k_BSKH,
-      v_BSKH,
-      mask=mask_BNTS,
-      scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
-      **limits,
-    )
+  mask_BNTS = mask_BS[:, None, None]
+  return causal_attention(q_BTNH, k_BSKH, v_BSKH, mask_BNTS, window)
 
 
 def visible(window: int | None, before_BS: Array, positions_BT: Array) -> Array:

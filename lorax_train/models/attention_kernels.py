@@ -1,4 +1,4 @@
-"""Attention by kernels that others wrote: splash on TPU, cuDNN on NVIDIA GPUs.
+"""Attention that others wrote: splash on TPU, cuDNN on NVIDIA GPUs, jax's own.
 
 Axis letters: B batch, T time, N heads, K kv heads, H head dim.
 """
@@ -125,39 +125,73 @@ def cudnn_attention(
   mask_BNTS = None
   if segments_BT is not None:
     ids_BT = jnp.pad(segments_BT, ((0, 0), (0, extra)), mode='edge')
-    mask_BNTS = (ids_BT[:, :, None] == ids_BT[:, None])[:, None]
+    mask_BNTS = same_segment(ids_BT)
   out_BTNH = _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window)
   return out_BTNH[:, : out_BTNH.shape[1] - extra]
 
 
-def _flash(
-  window: int | None,
-  mask_BNTS: Array | None,
+def same_segment(segments_BT: Array) -> Array:
+  """Which tokens of packs are of one row: [B, 1, T, T]."""
+  return (segments_BT[:, :, None] == segments_BT[:, None])[:, None]
+
+
+def causal_attention(
   q_BTNH: Array,
-  k_BTKH: Array,
-  v_BTKH: Array,
+  k_BSKH: Array,
+  v_BSKH: Array,
+  mask_BNTS: Array | None,
+  window: int | None,
+  **how: Any,
 ) -> Array:
-  return jax.nn.dot_product_attention(
+  """`masked_attention` that looks at what went before, within a window."""
+  return masked_attention(
     q_BTNH,
-    k_BTKH,
-    v_BTKH,
-    mask=mask_BNTS,
-    scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
+    k_BSKH,
+    v_BSKH,
+    mask_BNTS,
     is_causal=True,
     local_window_size=None if window is None else (window - 1, 0),
-    implementation='cudnn',
+    **how,
   )
+
+
+def masked_attention(
+  q_BTNH: Array,
+  k_BSKH: Array,
+  v_BSKH: Array,
+  mask_BNTS: Array | None,
+  **limits: Any,
+) -> Array:
+  """Softmax attention -> [B, T, N, H] by a mask and jax's own `limits`."""
+  # jax's own code promotes bfloat16 to float32 here, also where the caller
+  # has asked for strict dtypes.
+  with jax.numpy_dtype_promotion('standard'):
+    return jax.nn.dot_product_attention(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      mask=mask_BNTS,
+      scale=1.0 / math.sqrt(q_BTNH.shape[-1]),
+      **limits,
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _cudnn(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window):
   """jax's, with names on what its backward pass keeps."""
-  return _flash(window, mask_BNTS, q_BTNH, k_BTKH, v_BTKH)
+  return causal_attention(
+    q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window, implementation='cudnn'
+  )
 
 
 def _cudnn_forward(q_BTNH, k_BTKH, v_BTKH, mask_BNTS, window):
   operands = (q_BTNH, k_BTKH, v_BTKH)
-  flash = functools.partial(_flash, window, mask_BNTS)
+  flash = functools.partial(
+    causal_attention,
+    mask_BNTS=mask_BNTS,
+    window=window,
+    implementation='cudnn',
+  )
   out_BTNH, pullback = jax.vjp(flash, *operands)
   named_BTNH = checkpoint_name(out_BTNH, NAME)
   mask = (q_BTNH.shape[1],) * 2  # is made again, as the operands are

@@ -27,10 +27,10 @@ from lorax_train.models.attention import (
   Kernel,
   Packed,
   attention,
-  masked_attention,
   padded_attention,
   visible,
 )
+from lorax_train.models.attention_kernels import masked_attention
 from lorax_train.models.params import DecoderConfig, RopeScaling
 from lorax_train.parallel import constrain
 

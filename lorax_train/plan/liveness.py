@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from lorax_train.plan import flops
+
 Var = Any
 
 # What is never fused with the elementwise work that makes what it reads.
@@ -116,11 +118,8 @@ def _bodies(eqn: Any) -> Iterator[Any]:
   """The jaxprs within an equation; of a kernel none: it has its own memory."""
   if eqn.primitive.name == 'pallas_call':
     return
-  for value in eqn.params.values():
-    for one in value if isinstance(value, tuple | list) else [value]:
-      inner = getattr(one, 'jaxpr', one)
-      if hasattr(inner, 'eqns'):
-        yield inner
+  for inner, _ in flops.subjaxprs(eqn):
+    yield inner
 
 
 def _called(eqn: Any) -> Any:

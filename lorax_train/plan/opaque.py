@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lorax_train.models.attention import NAME
+from lorax_train.models.attention_kernels import same_segment
 
 Array = Any
 PRIMITIVE = 'pure_callback'  # what it is in a jaxpr
@@ -43,8 +44,7 @@ def attention(
   if segments_BT is not None:
     extra = (segments_BT,)
     if mask:
-      same_BTS = segments_BT[:, :, None] == segments_BT[:, None]
-      extra = (same_BTS[:, None].astype(q_BTNH.dtype),)
+      extra = (same_segment(segments_BT).astype(q_BTNH.dtype),)
   return _attend(q_BTNH, k_BTKH, v_BTKH, extra)
 
 

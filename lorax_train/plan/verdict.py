@@ -203,7 +203,8 @@ def prepare(
   topology = topology or chips.here(jax.devices(), jax.local_devices())
   model_dir = find.find_model(cfg.model.path, find.WITHOUT_HUB, False)
   adapters = setup.plan_adapters(cfg, hf_config.read_config(model_dir))
-  longest = case(_as_before(cfg, adapters, topology), adapters, topology)
+  longest = _as_before(cfg, adapters, topology)
+  longest = longest or case(cfg, adapters, topology)
   chosen = longest.cfg
   lines = []
   if cfg.model.remat == AUTO:
@@ -228,20 +229,20 @@ def prepare(
 
 def _as_before(
   cfg: TrainConfig, adapters: setup.Adapters, topology: Topology
-) -> TrainConfig:
+) -> Case | None:
   """A run that goes on, by the remat it began with, where that still fits.
 
   Another one might give other bits.
   """
   if cfg.model.remat != AUTO:
-    return cfg
+    return None
   try:
     before, _ = inspection.read_run(Path(cfg.run_dir).expanduser())
   except UserError:
-    return cfg  # none yet, or none that can go on: the run will say so
+    return None  # none yet, or none that can go on: the run will say so
   again = _with(cfg, 'model', remat=before.model.remat)
-  fits = case(again, adapters, topology).share <= 1
-  return again if fits else cfg
+  done = case(again, adapters, topology)
+  return done if done.share <= 1 else None
 
 
 def _needs(of: Case) -> str:

@@ -49,46 +49,32 @@ def write_adapter(
   factors = parallel.fetch(lora.fixed_factors(frozen))
   frozen = lora.with_fixed_factors(frozen, factors)
   with together():
-    if first():
-      _write(
-        directory, frozen, trainable, adapters, cfg, base, tokenizer, held_out
+    if not first():
+      return
+    with whole(
+      directory, 'adapter not written, checkpoints are untouched'
+    ) as building:
+      peft.save_adapter(
+        building,
+        frozen,
+        trainable,
+        adapters.names,
+        adapters.spec,
+        base,
+        adapters.norms,
+        tied='lm_head' not in adapters.names,
       )
-
-
-def _write(
-  directory: Path,
-  frozen: Tree,
-  trainable: Tree,
-  adapters: Adapters,
-  cfg: TrainConfig,
-  base: str,
-  tokenizer: Tokenizer | None,
-  held_out: str,
-) -> None:
-  with whole(
-    directory, 'adapter not written, checkpoints are untouched'
-  ) as building:
-    peft.save_adapter(
-      building,
-      frozen,
-      trainable,
-      adapters.names,
-      adapters.spec,
-      base,
-      adapters.norms,
-      tied='lm_head' not in adapters.names,
-    )
-    _check(building, frozen, trainable, adapters)
-    for file in tokenizer.files if tokenizer else ():
-      shutil.copyfile(file, building / file.name)
-    if tokenizer:
-      files, lacking = missing_files(tokenizer.files[0].parent)
-      for name, content in files.items():
-        (building / name).write_bytes(content)
-      if lacking:
-        print(f'tokenizer  {lacking}', flush=True)
-    card = report.model_card(cfg, adapters.spec, held_out)
-    (building / 'README.md').write_text(card, 'utf-8')
+      _check(building, frozen, trainable, adapters)
+      for file in tokenizer.files if tokenizer else ():
+        shutil.copyfile(file, building / file.name)
+      if tokenizer:
+        files, lacking = missing_files(tokenizer.files[0].parent)
+        for name, content in files.items():
+          (building / name).write_bytes(content)
+        if lacking:
+          print(f'tokenizer  {lacking}', flush=True)
+      card = report.model_card(cfg, adapters.spec, held_out)
+      (building / 'README.md').write_text(card, 'utf-8')
 
 
 def _check(

@@ -11,6 +11,7 @@ import jax
 
 from lorax_train import distributed, errors, hardware, together
 from lorax_train.config import TrainConfig
+from lorax_train.data.prepare import cache_root
 from lorax_train.train import loop
 
 # A run, and what is to be said of it, before anything is loaded.
@@ -93,9 +94,8 @@ def keep_compiled() -> None:
   chosen = jax.config.values['jax_compilation_cache_dir'] is not None
   if chosen or jax.default_backend() == 'cpu':
     return
-  caches = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  folder = os.path.join(caches, 'lorax_train', 'compiled')
-  jax.config.update('jax_compilation_cache_dir', folder)
+  folder = cache_root().with_name('compiled')
+  jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 @contextlib.contextmanager
