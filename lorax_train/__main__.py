@@ -23,6 +23,10 @@ _SHARED: dict[str, dict[str, Any]] = {
   '--adapter': {'help': 'PEFT adapter directory'},
   '--dtype': {'choices': ('float32', 'bfloat16'), 'default': 'float32'},
   '--batch-size': {'type': int, 'default': 8},
+  '--quant': {
+    'choices': ('nf4', 'int8'),
+    'help': 'how to store the linears',
+  },
   '--json': {'action': 'store_true', 'help': 'as JSON, an object a line'},
 }
 
@@ -61,6 +65,7 @@ def score(argv: Sequence[str]) -> int:
     args.adapter,
     args.dtype,
     args.batch_size,
+    args.quant,
   )
   if args.json:
     print(json.dumps(report))
@@ -95,7 +100,7 @@ def generate(argv: Sequence[str]) -> int:
   if not prompts:
     raise errors.ConfigError('no prompt: give --prompt TEXT or --prompts FILE')
   for row in room.complete(
-    args.model, prompts, options, args.adapter, args.dtype
+    args.model, prompts, options, args.adapter, args.dtype, args.quant
   ):
     print(json.dumps(row) if args.json else row['text'], flush=True)
   return 0
@@ -121,7 +126,7 @@ def _lines(path: str) -> list[str]:
 
 def merge(argv: Sequence[str]) -> int:
   """Write a model with an adapter's update in its weights."""
-  parser = _parser('merge', merge.__doc__, '--model', '--json')
+  parser = _parser('merge', merge.__doc__, '--model', '--quant', '--json')
   parser.add_argument('--adapter', required=True, **_SHARED['--adapter'])
   parser.add_argument('--out', required=True, help='directory, made here')
   as_stored = {'default': None, 'help': 'default: as stored'}
@@ -155,6 +160,7 @@ def merge(argv: Sequence[str]) -> int:
     tokens=args.tokens,
     rows=args.rows,
     batch_size=args.batch_size,
+    quant=args.quant,
   )
   print(json.dumps(done) if args.json else room.text(done))
   return 0
@@ -210,7 +216,7 @@ def evaluate(argv: Sequence[str]) -> int:
   of_file.add_argument('--adapter', **_SHARED['--adapter'])
   _add_data(of_file)
   of_file.add_argument('--rows', type=int, help='the first so many; 0 for all')
-  for name in ('--dtype', '--batch-size'):
+  for name in ('--dtype', '--batch-size', '--quant'):
     of_file.add_argument(name, **_SHARED[name] | {'default': absent})
   given = vars(parser.parse_args(argv))
   as_json, run = given.pop('json'), given.pop('run', None)

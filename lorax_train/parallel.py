@@ -16,7 +16,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorax_train.lora import Adapter, Fixed, Original, is_trained
+from lorax_train.lora import Adapter, Fixed, Original
+from lorax_train.lora.halves import is_half
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -148,10 +149,15 @@ def frozen_shardings(frozen: Any) -> Any:
         for name in ('scale', 'rate', *axes)
         if getattr(half, name) is not None
       }
-      return dataclasses.replace(half, w=half.w.sharding, **beside)
-    return jax.tree.map(lambda w: w.sharding, half)
+      return dataclasses.replace(half, w=_each(half.w), **beside)
+    return _each(half)
 
-  return jax.tree.map(of, frozen, is_leaf=is_trained)
+  return jax.tree.map(of, frozen, is_leaf=is_half)
+
+
+def _each(w: Any) -> Any:
+  """Where each array of a weight lies."""
+  return jax.tree.map(lambda x: x.sharding, w)
 
 
 def _beside(fixed: Fixed, part: Any, axes: str) -> NamedSharding:
@@ -188,7 +194,7 @@ def trainable_shardings(frozen: Any, trainable: Any) -> Any:
       return NamedSharding(mesh, P(None, *spec[1:]))
     return own.sharding
 
-  return jax.tree.map(of, frozen, trainable, is_leaf=is_trained)
+  return jax.tree.map(of, frozen, trainable, is_leaf=is_half)
 
 
 def _full_spec(w: Any) -> tuple[Any, ...]:

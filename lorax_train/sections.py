@@ -33,7 +33,9 @@ class ModelSection:
       one of them can be trained alone.
     dtype: compute dtype of the layers.
     param_dtype: dtype the frozen weights are stored in.
-    quant: how the frozen weights are quantised.
+    quant: how the linears of the layers are stored: nf4 (4 bits, QLoRA), int8,
+      or as param_dtype says (none). Weights whose files are quantised already
+      stay what they are.
     attention: who computes attention: xla (plain, everywhere), splash (a kernel
       for TPUs), cudnn (one for NVIDIA GPUs, in bfloat16); auto takes the
       best that the mesh's devices have.
@@ -46,7 +48,7 @@ class ModelSection:
   untie: bool = False
   dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
   param_dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
-  quant: str = _key('none', choices=('none',))
+  quant: str = _key('none', choices=('none', 'nf4', 'int8'))
   attention: str = _key('auto', choices=('auto', 'xla', 'splash', 'cudnn'))
   remat: str = _key('auto', choices=('auto', 'none', 'dots', 'mlp', 'full'))
 
@@ -62,7 +64,7 @@ class LoraSection:
     dropout: rate on the adapters' input.
     variant: lora, or of rslora, dora and lora_fa one or more with + between.
     init: how A and B begin: default, gaussian, orthogonal, or from the base:
-      pissa, olora.
+      pissa, olora; loftq with what a quantised base lost.
     exclude: names or a regex that win over targets; '' for none.
     rank_pattern: other ranks by regex: 'down_proj=16,layers.0.*=4'.
     alpha_pattern: other alphas by regex, likewise.

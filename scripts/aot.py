@@ -9,7 +9,8 @@ of its own: 20 to 250 s and up to 2 GB of memory each. Cases for TPU want libtpu
 installed is left out. A line of JSON a case is printed, and added to --out.
 
 The two `edge` cases are a batch just under and one just over what four v5e chips
-hold: formula and compiler must judge them alike.
+hold: formula and compiler must judge them alike. Of a quantised base `float_stacks`
+names the matrices that stand as floats for all layers at once: none should.
 """
 
 import argparse
@@ -45,6 +46,7 @@ class Case(NamedTuple):
     rank: of it.
     tensor: size of that mesh axis; the others go to fsdp.
     grad_accum: micro-batches.
+    quant: of the base.
   """
 
   topology: str
@@ -56,6 +58,7 @@ class Case(NamedTuple):
   rank: int = 16
   tensor: int = 1
   grad_accum: int = 1
+  quant: str = 'none'
 
 
 CASES = {
@@ -77,6 +80,10 @@ CASES = {
   'heads-of-64': Case('v5e-4', 'tinyllama-1.1b', 32, 1536),
   'small-none': Case('h100-1', 'tinyllama-1.1b', 8, 1024, 'none'),
   'small-dots': Case('v5e-1', 'tinyllama-1.1b', 4, 1024, 'dots'),
+  'qlora-h100': Case('h100-1', 'mistral-7b', 4, 512, targets='q_proj,v_proj', rank=64, quant='nf4'),
+  'qlora-h100-dots': Case('h100-1', 'mistral-7b', 4, 512, 'dots', targets='q_proj,v_proj', rank=64, quant='nf4'),
+  'qlora-h100-8': Case('h100-8', 'mistral-7b', 24, 512, targets='q_proj,v_proj', rank=64, quant='nf4'),
+  'qlora-v5e-1': Case('v5e-1', 'mistral-7b', 1, 2048, targets='q_proj,v_proj', rank=64, quant='nf4'),
   'edge-under': Case('v5e-4', 'mistral-7b', 52, 2048),
   'edge-over': Case('v5e-4', 'mistral-7b', 60, 2048),
 }  # fmt: skip
@@ -87,12 +94,13 @@ def run(name: str) -> dict[str, Any]:
   import jax
 
   from lorax_train import config
-  from lorax_train.plan import chips, compiled, sizes, text, verdict
+  from lorax_train.formats import quantised
+  from lorax_train.plan import chips, compiled, hlo, sizes, text, verdict
   from lorax_train.train import setup
 
   of = CASES[name]
   mapping = config.defaults()
-  mapping['model'].update(path=of.model, remat=of.remat)
+  mapping['model'].update(path=of.model, remat=of.remat, quant=of.quant)
   mapping['data'].update(path='.', max_length=of.length)
   mapping['lora'].update(targets=of.targets, rank=of.rank)
   mapping['mesh'].update(tensor=of.tensor)
@@ -106,6 +114,12 @@ def run(name: str) -> dict[str, Any]:
     planned.cfg, adapters, topology, planned.length
   )
   facts = text.facts(planned, None, found)
+  matrices = {
+    w.shape[-2:]
+    for w in quantised.weights(setup.abstract(cfg, adapters)[0])
+    if hasattr(w, 'dequantised')
+  }
+  layers = adapters.model_cfg.layers
   libraries = {'jax': jax.__version__}
   for library in ('libtpu', 'jax-cuda12-plugin', 'jax-cuda13-plugin'):
     try:
@@ -115,6 +129,7 @@ def run(name: str) -> dict[str, Any]:
   return {
     'name': name,
     **facts,
+    'float_stacks': sorted(hlo.float_stacks(program, matrices, layers)),
     'libraries': libraries,
     'seconds_wall': time.monotonic() - began,
     'seconds_cpu': time.process_time() - cpu,

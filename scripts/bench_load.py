@@ -6,6 +6,7 @@ numbers, then loads it by `formats.hf.load_params` onto simulated CPU devices,
 each mesh in a fresh process:
 
   python scripts/bench_load.py [--layers 8] [--repeats 3] [--dir DIR] [--keep]
+    [--quant nf4]
 
 Beside it, a plain read of the same files in order: once into one buffer, and
 once into memory of the files' size, which has to be had for weights as well.
@@ -23,6 +24,7 @@ Exits with 1 where a peak is not below 1.25 times the files' size plus 2 GB.
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -40,7 +42,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorax_train import parallel
-from lorax_train.formats import hf, hf_config
+from lorax_train.formats import hf, hf_config, quant_config
 from lorax_train.models import params as params_lib
 
 DEVICES = 8
@@ -155,14 +157,16 @@ def measure_read(directory: pathlib.Path, keep: bool) -> Row:
   return measure(lambda: read(directory, keep))
 
 
-def measure_load(directory: pathlib.Path, sizes: tuple[int, int, int]) -> Row:
+def measure_load(
+  directory: pathlib.Path, sizes: tuple[int, int, int], quant: str = 'none'
+) -> Row:
   """A load onto a mesh, jax and its devices being up."""
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', DEVICES)
   data, fsdp, tensor = sizes
   devices = jax.devices()[: data * fsdp * tensor]
   mesh = parallel.make_mesh(data, fsdp, tensor, devices)
-  cfg = hf_config.read_config(directory)
+  cfg = quant_config.as_asked(hf_config.read_config(directory), quant)
   return measure(
     lambda: jax.block_until_ready(
       hf.load_params(directory, cfg, 'bfloat16', mesh)
@@ -186,7 +190,7 @@ def best(
   return Row(min(wall), min(cpu), max(start), max(high))
 
 
-def run(directory: pathlib.Path, repeats: int) -> bool:
+def run(directory: pathlib.Path, repeats: int, quant: str = 'none') -> bool:
   """Measures everything and prints it; whether every peak is in its limit."""
   size = sum(path.stat().st_size for path in files(directory))
   in_fresh_process(measure_read, directory, False)  # into the page cache
@@ -195,7 +199,8 @@ def run(directory: pathlib.Path, repeats: int) -> bool:
     'read and keep': best(repeats, measure_read, directory, True),
   }
   for sizes in MESHES:
-    rows[f'load {sizes}'] = best(repeats, measure_load, directory, sizes)
+    load = functools.partial(measure_load, quant=quant)
+    rows[f'load {sizes}'] = best(repeats, load, directory, sizes)
   print(
     f'{len(files(directory))} files of {size / 1e6:.0f} MB together, jax'
     f' {jax.__version__}, {DEVICES} simulated devices, best of {repeats}\n\n'
@@ -227,6 +232,9 @@ def main() -> None:
   parser.add_argument(
     '--keep', action='store_true', help='leave the model for a next run'
   )
+  parser.add_argument(
+    '--quant', default='none', help='quantise while loading: nf4 or int8'
+  )
   args = parser.parse_args()
   where = pathlib.Path(args.dir or tempfile.gettempdir())
   directory = where / f'bench_load-{args.layers}-layers'
@@ -235,7 +243,7 @@ def main() -> None:
       shutil.rmtree(directory, ignore_errors=True)  # of a run that was ended
       directory.mkdir(parents=True)
       in_fresh_process(make_model, directory, args.layers)
-    fits = run(directory, args.repeats)
+    fits = run(directory, args.repeats, args.quant)
   finally:
     if not args.keep:
       shutil.rmtree(directory, ignore_errors=True)

@@ -143,7 +143,7 @@ MISTAKES = [
   ('data.cache', 'DIR', ["'DIR'", 'str', 'bool']),
   ('model.remat', 'some', ['auto, none, dots, mlp, full']),
   ('method', 'full', ["'full'", 'lora']),
-  ('model.quant', 'nf4', ["'nf4'", 'none']),
+  ('model.quant', 'fp4', ["'fp4'", 'none, nf4, int8']),
   # not a section
   ('lora', 3, ['3', 'section']),
   ('mesh', '8', ["'8'", 'section']),

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from lorax_train import config, lora, main
-from lorax_train.formats import hf_config
+from lorax_train.formats import hf_config, quantised
 from lorax_train.train import report, setup
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 REFERENCE = ROOT / 'configs' / 'mistral_lora.py'
+QLORA = ROOT / 'configs' / 'mistral_qlora.py'
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
 TINY = {
   'model.dtype': 'float32',
@@ -120,6 +121,32 @@ def test_the_reference_run_trains_what_it_promises(tmp_path):
   frozen, _ = setup.abstract(cfg, adapters)
   targets = report.targets(frozen, adapters.names)
   assert targets == 'q_proj x 32 (r 64), v_proj x 32 (r 64)'
+
+
+def test_the_qlora_run_stores_what_it_promises(tmp_path, one_device):
+  cfg, model_cfg = parse(QLORA), mistral_7b(tmp_path)
+  adapters = setup.plan_adapters(cfg, model_cfg)
+  frozen, _ = setup.abstract(cfg, adapters)
+  assert lora.count(frozen) == (27_262_976, 7_241_732_096)
+  # Linears two to a byte, embedding and head, norms, adapters.
+  halves = 6_979_321_856 // 2
+  kept = 2 * 32_000 * 4_096 + 65 * 4_096
+  assert halves + kept + 27_262_976 == 3_779_334_144
+  # Codes of absmax, one of 64; of these the second level; and each an offset.
+  scales = 6_979_321_856 // 64 + 4 * 6_979_321_856 // 64 // 256 + 4 * 7 * 32
+  n_bytes = halves + scales + 2 * kept
+  assert quantised.stored(frozen) == (halves + kept, n_bytes)
+  banner = report.banner(
+    cfg, frozen, adapters.all_names, one_device, {}, tmp_path
+  )
+  assert 'trainable  27,262,976 of 7,241,732,096 (0.3765 %)' in banner
+  assert 'stored     3,779,334,144 elements, 4-bit weights two to a' in banner
+  assert f'; {(n_bytes + 4 * 27_262_976) / 1e9:.2f} GB with' in banner
+  text = ' '.join(QLORA.read_text('utf-8').split())
+  assert '27,262,976 of 7,241,732,096 parameters' in text
+  assert 'stores 3,779,334,144 elements' in text
+  same = parse(REFERENCE)
+  assert (cfg.lora, cfg.data, cfg.train) == (same.lora, same.data, same.train)
 
 
 def test_the_reference_run_is_the_one_of_the_contract():

@@ -3,7 +3,6 @@
 import concurrent.futures
 import difflib
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ import numpy as np
 
 from lorax_train import parallel, together
 from lorax_train.errors import ModelError
-from lorax_train.formats import hf_config, safetensors
+from lorax_train.formats import hf_config, quantised, safetensors
+from lorax_train.formats import parts as parts_lib
 from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig, Param
@@ -24,11 +24,6 @@ from lorax_train.models.params import DecoderConfig, Param
 _IGNORED_SUFFIX = '.rotary_emb.inv_freq'
 # Layers of a parameter that are read at the same time.
 _READERS = min(8, os.cpu_count() or 1)
-# In bytes: what XLA wants of memory that a CPU device is to use as it is.
-_ALIGNMENT = 64
-
-# (begin, end) of each axis.
-_Place = tuple[tuple[int, int], ...]
 
 
 def load_params(
@@ -55,21 +50,25 @@ def load_params(
     ModelError: names every tensor that is missing, too many, of another
       shape or not finite.
   """
-  sources = _match(directory, cfg, safetensors.open_dir(directory))
+  refs = safetensors.open_dir(directory)
+  sources = _match(directory, cfg, refs)
   by_path = {}
+  bad: list[str] = []
   with together.together():
     for param in params_lib.table(cfg):
-      sharding = parallel.sharding(
-        mesh, param.axes, params_lib.axis_units(cfg, param)
+      path, names = param.path, params_lib.hf_names(cfg, param)
+      like = quantised.lying(
+        params_lib.abstract_leaf(cfg, param, np.dtype(dtype)),
+        parallel.sharding(mesh, param.axes, params_lib.axis_units(cfg, param)),
       )
-      by_path[param.path] = _load(
-        param,
-        sources[param.path],
-        params_lib.shape(cfg, param),
-        np.dtype(dtype),
-        sharding,
-      )
-  _check_finite(directory, cfg, by_path, sources, mesh)
+      if params_lib.quant_of(cfg, param) == 'none':
+        by_path[path] = _load(param, sources[path], like)
+      else:
+        by_path[path], odd = quantised.load(
+          like, names, refs, cfg.quant, _READERS
+        )
+        bad += odd
+  _check_finite(directory, cfg, by_path, sources, mesh, bad)
   return params_lib.nest(by_path)
 
 
@@ -90,29 +89,16 @@ def check_headers(directory: Path, cfg: DecoderConfig) -> int:
 
 
 def _load(
-  param: Param,
-  refs: Sequence[TensorRef],
-  shape: tuple[int, ...],
-  dtype: np.dtype,
-  sharding: jax.sharding.Sharding,
+  param: Param, refs: Sequence[TensorRef], like: jax.ShapeDtypeStruct
 ) -> jax.Array:
-  """One parameter: the parts that our devices hold, each read once.
-
-  Devices that hold the same part are given the same memory; those of a CPU
-  keep it as it is, so the part is in memory once.
-  """
-  parts: dict[_Place, np.ndarray] = {}
-  for index in sharding.addressable_devices_indices_map(shape).values():
-    place = _place(index, shape)
-    if place not in parts:
-      parts[place] = _aligned([end - begin for begin, end in place], dtype)
+  """One parameter: the parts that our devices hold, each read once."""
+  rooms = parts_lib.rooms(like)
 
   @np.errstate(over='ignore')  # what is past the dtype is not finite, and named
   def read(layer: int) -> None:
     wanted = []
-    for place, part in parts.items():
-      index = [slice(*ends) for ends in place]
-      out = part
+    for place, part in rooms.items():
+      index, out = parts_lib.slices(place), part
       if param.stacked:  # no mesh axis cuts `layers`
         index, out = index[1:], part[layer]
       wanted.append((index[::-1], out.T) if param.linear else (index, out))
@@ -120,25 +106,8 @@ def _load(
 
   with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
     list(pool.map(read, range(len(refs))))  # raises what a reader raised
-  array = jax.make_array_from_callback(
-    shape, sharding, lambda index: parts[_place(index, shape)]
-  )
   # On its way to an accelerator, one parameter at a time is in our memory.
-  return jax.block_until_ready(array)
-
-
-def _place(index: Sequence[slice] | None, shape: Sequence[int]) -> _Place:
-  """(begin, end) of each axis: a slice is no key of a dict."""
-  assert index is not None  # which jax allows of arrays that have no axes
-  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """Room for an array, not filled, which no CPU device needs to copy."""
-  nbytes = math.prod(shape) * dtype.itemsize
-  room = np.empty(nbytes + _ALIGNMENT, np.uint8)
-  begin = -room.ctypes.data % _ALIGNMENT
-  return room[begin : begin + nbytes].view(dtype).reshape(shape)
+  return jax.block_until_ready(parts_lib.on_mesh(like, rooms))
 
 
 def _match(
@@ -152,11 +121,16 @@ def _match(
   used: set[str] = set()
   for param in params_lib.table(cfg):
     names = params_lib.hf_names(cfg, param)
-    used.update(names)
     shape = params_lib.shape(cfg, param)[1 if param.stacked else 0 :]
     shape = shape[::-1] if param.linear else shape
+    stored = cfg.quant.stored and params_lib.quant_of(cfg, param) != 'none'
     for name in names:
-      problems += _disagreement(name, shape, refs)
+      if stored:
+        used.update(quantised.names_of(name, cfg.quant))
+        problems += quantised.disagreements(name, shape, refs, cfg.quant)
+      else:
+        used.add(name)
+        problems += _disagreement(name, shape, refs)
     sources[param.path] = tuple(refs[n] for n in names if n in refs)
   extra = [
     name
@@ -215,14 +189,20 @@ def _settle_tied(
 def _check_finite(
   directory: Path,
   cfg: DecoderConfig,
-  by_path: Mapping[str, jax.Array],
+  by_path: Mapping[str, Any],
   sources: Mapping[str, Sequence[TensorRef]],
   mesh: jax.sharding.Mesh,
+  bad: Sequence[str],
 ) -> None:
-  """No NaN or infinity in the base: they would surface as a bad loss."""
+  """No NaN or infinity in the base: they would surface as a bad loss.
+
+  Matrices that were quantised were looked at before, and are `bad`.
+  """
   finite = _finite(mesh)
-  bad = []
+  bad = [*bad]
   for param in params_lib.table(cfg):
+    if params_lib.quant_of(cfg, param) != 'none':
+      continue
     axes = tuple(range(1 if param.stacked else 0, len(param.axes)))
     fine = np.asarray(finite(by_path[param.path], axes))
     refs = sources[param.path]

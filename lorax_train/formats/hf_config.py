@@ -4,12 +4,14 @@ Checked against transformers 5.23. The file is untrusted input: a key that
 changes the maths has a supported value or is refused, by name.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorax_train.errors import ModelError
+from lorax_train.formats import quant_config
 from lorax_train.formats.jsonfile import read_object
 from lorax_train.models.params import DecoderConfig, RopeScaling
 
@@ -31,7 +33,7 @@ def config_from_hf(
 ) -> DecoderConfig:
   """The mapping in config.json as our configuration; see `read_config`."""
   problems = _unsupported(raw)
-  sizes = {}
+  sizes: dict[str, Any] = {}
   for ours, theirs in {
     'vocab': 'vocab_size',
     'hidden': 'hidden_size',
@@ -59,9 +61,7 @@ def config_from_hf(
   tied = raw.get('tie_word_embeddings') or False
   if not isinstance(tied, bool):
     problems.append(f'tie_word_embeddings is {tied!r}, not true or false')
-  if problems:
-    raise ModelError(f'{where}: {"; ".join(problems)}')
-  return DecoderConfig(
+  cfg = DecoderConfig(
     **sizes,
     kv_heads=kv_heads,
     head_dim=head_dim,
@@ -72,6 +72,10 @@ def config_from_hf(
     tied=tied,
     init_std=init_std,
   )
+  quant = quant_config.stored(raw, cfg, problems)
+  if problems:
+    raise ModelError(f'{where}: {"; ".join(problems)}')
+  return dataclasses.replace(cfg, quant=quant)
 
 
 def _positive_int(
@@ -129,15 +133,6 @@ def _unsupported(raw: Mapping[str, Any]) -> list[str]:
   for key in ('attention_bias', 'mlp_bias'):
     if raw.get(key):
       problems.append(f'{key} is not supported')
-  quantised = raw.get('quantization_config')
-  if quantised:
-    method = 'in some way'
-    if isinstance(quantised, dict):
-      method = quantised.get('quant_method', method)
-    problems.append(
-      f'the weights are quantised ({method}): use the repository with the'
-      ' unquantised weights'
-    )
   full = _window(raw, []) is None
   wanted = 'full_attention' if full else 'sliding_attention'
   types = raw.get('layer_types') or []

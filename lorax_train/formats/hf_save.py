@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -22,7 +23,7 @@ from lorax_train import lora
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import hf_config, safetensors
 from lorax_train.formats.jsonfile import read_object
-from lorax_train.formats.safetensors import few
+from lorax_train.formats.safetensors import TensorRef, few
 from lorax_train.formats.whole import whole
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig, Param
@@ -73,9 +74,11 @@ def save_params(
     directory: must not exist.
     source: the directory that the parameters came from.
     params: as `hf.load_params` gives them; some may be `LoraWeight`s, or
-      others that have `merged`. With a head of its own, where `source` ties
+      others that have `merged`. Of a quantised one what it stands for is
+      written. With a head of its own, where `source` ties
       it, the written model ties it no more.
-    dtype: what to store; None for what each tensor has in `source`. Load in
+    dtype: what to store; None for what each tensor has in `source`, where it is
+      quantised for that of the embedding. Load in
       `exact_dtype`, or it is rounded twice.
     shard_bytes: above this much, several files and an index.
     files: {name: content} of what to write in place of the source's own.
@@ -138,15 +141,20 @@ def _tensors(cfg: DecoderConfig, source: Path, dtype: Any) -> list[_Tensor]:
     shape = params_lib.shape(cfg, param)[1 if param.stacked else 0 :]
     shape = shape[::-1] if param.linear else shape
     for layer, name in enumerate(params_lib.hf_names(cfg, param)):
-      # A tied matrix may be stored under either name.
-      ref = (
-        refs.get(name)
-        or refs.get('lm_head.weight')
-        or refs.get('model.embed_tokens.weight')
-      )
-      stored = np.dtype(dtype) if ref is None else ref.dtype
+      stored = np.dtype(dtype) if dtype else _stored_dtype(refs, name)
       tensors.append(_Tensor(name, param, layer, shape, stored))
   return sorted(tensors, key=lambda t: t.layer)
+
+
+def _stored_dtype(refs: Mapping[str, TensorRef], name: str) -> np.dtype:
+  """A tensor's own, or the embedding's where it is quantised.
+
+  A tied matrix may be stored under either name.
+  """
+  for other in (name, 'model.embed_tokens.weight', 'lm_head.weight'):
+    if other in refs and jnp.issubdtype(refs[other].dtype, jnp.floating):
+      return refs[other].dtype
+  raise AssertionError('a model without an embedding was loaded')
 
 
 def _shards(tensors: Sequence[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
@@ -173,7 +181,7 @@ def _write_weights(
   by_path = {
     lora.path_of(path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=_is_merged
+      params, is_leaf=_is_made
     )
   }
   for file, tensors in shards.items():
@@ -199,18 +207,20 @@ def _array(tensor: _Tensor, leaf: Any) -> np.ndarray:
   """One layer's matrix as Hugging Face stores it."""
   if tensor.param.stacked:
     leaf = jax.tree.map(lambda x: x[tensor.layer], leaf)
-  if _is_merged(leaf):
+  if hasattr(leaf, 'merged'):
     # In true float32 on any device, where the default may be less.
     with jax.default_matmul_precision('highest'):
       leaf = leaf.merged()
+  elif hasattr(leaf, 'dequantised'):
+    leaf = leaf.dequantised(jnp.float32)
   array = np.asarray(leaf)
   array = array.T if tensor.param.linear else array
   return np.ascontiguousarray(array.astype(tensor.dtype))
 
 
-def _is_merged(leaf: Any) -> bool:
-  """A weight that is a sum, or has rows of its own."""
-  return hasattr(leaf, 'merged')
+def _is_made(leaf: Any) -> bool:
+  """A weight that is a sum, has rows of its own, or is quantised."""
+  return hasattr(leaf, 'merged') or hasattr(leaf, 'dequantised')
 
 
 def _write_config(
@@ -218,6 +228,7 @@ def _write_config(
 ) -> None:
   """The source's config.json, saying what the weights are now."""
   raw = read_object(source / 'config.json')
+  raw.pop('quantization_config', None)  # nothing is, of what we write
   if parted:
     raw['tie_word_embeddings'] = False
   if dtype is not None:

@@ -21,6 +21,7 @@ def complete(
   options: Options,
   adapter: str | None = None,
   dtype: Any = jnp.float32,
+  quant: str | None = None,
 ) -> Iterator[dict[str, Any]]:
   """Continues texts, batch by batch.
 
@@ -30,6 +31,7 @@ def complete(
     options: how.
     adapter: PEFT adapter directory.
     dtype: compute and storage dtype.
+    quant: see `load`.
 
   Yields:
     {'prompt', 'text', 'ids', 'tokens_per_second'} of each text in turn: the
@@ -49,7 +51,7 @@ def complete(
   )
   check_prompts(prompts, cfg.vocab, options, longest)
   stops = stop_ids(directory, tokenizer)
-  loaded = load_model(directory, None, adapter, dtype)
+  loaded = load_model(directory, None, adapter, dtype, quant=quant)
   done = 0
   for rows, seconds in batches(
     Decoder(loaded.cfg, dtype), loaded.params, prompts, options, stops

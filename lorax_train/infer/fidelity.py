@@ -17,7 +17,13 @@ import numpy as np
 
 from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.errors import DataError, ModelError
-from lorax_train.formats import find, hf_config, hf_save, safetensors
+from lorax_train.formats import (
+  find,
+  hf_config,
+  hf_save,
+  quant_config,
+  safetensors,
+)
 from lorax_train.infer.inspection import aligned
 from lorax_train.infer.load import Model, load_model, load_params
 from lorax_train.infer.score import batches, check_ids, read_tokens
@@ -51,8 +57,12 @@ def merge(
   tokens: str | None = None,
   rows: int | None = None,
   batch_size: int = 8,
+  quant: str | None = None,
 ) -> Report:
   """Writes a model directory with W + s B A in place of W.
+
+  Of a quantised base W is what it stands for: what is written is not quantised,
+  and computes what the adapter was trained to do on that base.
 
   Args:
     model: directory in Hugging Face format, or a hub id.
@@ -63,9 +73,11 @@ def merge(
     tokens: npz as `score` takes, for the report; None for `random_rows`.
     rows: how many random rows; None for 8.
     batch_size: rows computed at once.
+    quant: the base is to be quantised so, as the one that the adapter was
+      trained on; None for what its files have.
 
   Returns:
-    {'out', 'parameters', 'untied', 'no_tokenizer_json', 'report'}: `untied`
+    {'out', 'base', 'parameters', 'untied', 'no_tokenizer_json', 'report'}: `untied`
     where the head had to be parted from the embedding, which the base ties;
     then why no tokenizer.json could be made for a lone tokenizer.model, or '';
     the last is `compare`'s, or None.
@@ -75,7 +87,7 @@ def merge(
   """
   hf_save.check_absent(out)
   source = find.find_model(model)
-  cfg = hf_config.read_config(source)
+  cfg = quant_config.as_asked(hf_config.read_config(source), quant)
   if tokens is None:
     arrays = random_rows(cfg.vocab, rows or ROWS)
   else:
@@ -84,7 +96,9 @@ def merge(
     if report and not np.any(arrays.get('mask', True)):
       raise DataError(f'--tokens {tokens}: mask leaves no position to compare')
   exact = hf_save.exact_dtype(source, dtype)
-  loaded = load_model(source, None, adapter, jnp.float32, exact)
+  if cfg.quant.kind != 'none':
+    exact = np.dtype(np.float32)  # what W stands for, and what W + s B A is
+  loaded = load_model(source, None, adapter, jnp.float32, exact, quant)
   files, lacking = missing_files(source)
   count = hf_save.save_params(out, source, loaded.params, dtype, files=files)
   cost = None
@@ -94,6 +108,7 @@ def merge(
   parted = cfg.tied and not loaded.cfg.tied
   return {
     'out': out,
+    'base': cfg.quant.kind,
     'parameters': count,
     'untied': parted,
     'no_tokenizer_json': lacking,
@@ -163,6 +178,11 @@ def compare(
 def text(done: Report) -> str:
   """What `merge` gives back, in words."""
   written = f'{done["parameters"]:,} parameters: {done["out"]}'
+  if done['base'] != 'none':
+    written += (
+      f'\nbase: {done["base"]}, and the adapter is merged into what it stands'
+      ' for; nothing of it is quantised any more'
+    )
   if done['untied']:
     written += (
       '\nuntied: the adapter changes one of embedding and head, which the base'

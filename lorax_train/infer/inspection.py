@@ -75,12 +75,11 @@ def model_text(facts: Facts) -> str:
   arch = facts['architecture']
   rope, window = arch['rope_scaling'], arch['window']
   stretched = f', {rope["kind"]} x {rope["factor"]:g}' if rope else ''
-  by_config = facts['parameters_by_config']
-  differs = (
-    ''
-    if by_config == facts['parameters']
-    else f'; config.json makes {by_config:,}'
-  )
+  by_config, stored = facts['parameters_by_config'], facts['parameters']
+  differs = '' if by_config == stored else f'; config.json makes {by_config:,}'
+  quant = arch['quant']
+  if quant['stored']:  # what scales the codes is counted as well
+    differs = f'; {by_config:,} parameters, linears in {quant["kind"]}'
   return '\n'.join(
     (
       aligned(
@@ -98,7 +97,7 @@ def model_text(facts: Facts) -> str:
           ),
           'positions': f'rope, theta {arch["rope_theta"]:g}{stretched}',
           'parameters': (
-            f'{facts["parameters"]:,} in {facts["bytes"]:,} bytes,'
+            f'{stored:,} in {facts["bytes"]:,} bytes,'
             f' {facts["files"]} file{"s" * (facts["files"] > 1)}{differs}'
           ),
           'fingerprint': facts['fingerprint'],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lorax_train import lora, parallel
 from lorax_train.data import tokenize
-from lorax_train.formats import find, hf, hf_config, peft
+from lorax_train.formats import find, hf, hf_config, peft, quant_config
 from lorax_train.models.attention import plain_attention
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
@@ -20,6 +20,7 @@ Apply = Callable[..., jax.Array]
 def load(
   path: str,
   mesh: jax.sharding.Mesh | None = None,
+  quant: str | None = None,
   *,
   adapter: str | None = None,
   dtype: Any = jnp.float32,
@@ -30,6 +31,8 @@ def load(
   Args:
     path: directory in Hugging Face format, or a hub id.
     mesh: where the weights go; None for the first device.
+    quant: how the linears of the layers are stored, 'nf4' or 'int8'; None for
+      what the files have.
     adapter: PEFT adapter directory to bind.
     dtype: compute dtype.
     param_dtype: dtype the weights are stored in; None for `dtype`.
@@ -42,10 +45,11 @@ def load(
     tokenizer: see `data.tokenize.Tokenizer`.
 
   Raises:
+    ConfigError: another `quant` than the files have.
     ModelError: what is wrong with the files.
   """
   directory = find.find_model(path)
-  model = load_model(directory, mesh, adapter, dtype, param_dtype)
+  model = load_model(directory, mesh, adapter, dtype, param_dtype, quant)
   return model.apply, model.params, tokenize.load_tokenizer(directory)
 
 
@@ -72,9 +76,10 @@ def load_model(
   adapter: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  quant: str | None = None,
 ) -> Model:
   """`load` for a directory that may be without a tokenizer."""
-  cfg = hf_config.read_config(directory)
+  cfg = quant_config.as_asked(hf_config.read_config(directory), quant)
   mesh = mesh or parallel.make_mesh(devices=jax.devices()[:1])
   param_dtype = param_dtype or dtype
   if adapter is None:
@@ -98,7 +103,8 @@ def load_params(
   adapter: str | None = None,
   dtype: Any = jnp.float32,
   param_dtype: Any = None,
+  quant: str | None = None,
 ) -> tuple[Apply, Any]:
   """(apply, params) of `load_model`."""
-  model = load_model(directory, mesh, adapter, dtype, param_dtype)
+  model = load_model(directory, mesh, adapter, dtype, param_dtype, quant)
   return model.apply, model.params

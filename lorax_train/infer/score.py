@@ -34,6 +34,7 @@ def score(
   adapter: str | None = None,
   dtype: Any = jnp.float32,
   batch_size: int = 8,
+  quant: str | None = None,
 ) -> dict[str, Any]:
   """Scores the ids in one npz file and writes another.
 
@@ -48,6 +49,7 @@ def score(
     adapter: PEFT adapter directory.
     dtype: compute and storage dtype.
     batch_size: rows computed at once.
+    quant: see `load`.
 
   Returns:
     {'rows', 'tokens', 'loss'}; loss is None without labels.
@@ -57,7 +59,9 @@ def score(
     ModelError: what is wrong with the model or the adapter.
   """
   arrays = read_tokens(tokens)
-  apply, params = load_params(find.find_model(model), None, adapter, dtype)
+  apply, params = load_params(
+    find.find_model(model), None, adapter, dtype, quant=quant
+  )
   check_ids(arrays, params['embed_tokens'].shape[0], str(tokens))
   run = jax.jit(lambda params, ids, mask: apply(params, ids, mask_BS=mask))
   logits = np.concatenate(

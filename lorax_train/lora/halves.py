@@ -79,6 +79,9 @@ def bind(
 def merge(frozen: Params, trainable: Params) -> Params:
   """Plain arrays W + scale A^T B, summed in float32, in W's own dtype.
 
+  A quantised W is made whole in float32 first, so the sum is as exact as over
+  a plain one. Leaves without an adapter stay as they are.
+
   For export and serving, and as the oracle of tests: it materialises what
   `bind` avoids.
   """

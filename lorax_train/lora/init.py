@@ -2,27 +2,35 @@
 
 What is in FROM_BASE begins with an update that is not zero, and takes it away
 again (`Fixed.a0`, `b0`): W itself is never changed, so that the base stays
-shared and unrounded. PEFT subtracts it from W instead.
+shared and unrounded. PEFT subtracts it from W instead. LoftQ's update stays: it
+is what W lost in quantising.
 
 Axis letters: R rank.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lorax_train.lora import axes as axes_lib
-from lorax_train.lora.weight import Adapter, Fixed, product
+from lorax_train.lora.weight import (
+  Adapter,
+  Fixed,
+  is_quantised,
+  plain,
+  sum_norm2,
+)
 
 if TYPE_CHECKING:
   from lorax_train.lora.spec import Placement
 
-INITS = ('default', 'gaussian', 'orthogonal', 'pissa', 'olora')
+INITS = ('default', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq')
 FROM_BASE = ('pissa', 'olora')
 
 Pair = tuple[jax.Array, jax.Array]
@@ -34,6 +42,7 @@ def begin(
   axes: str,
   places: Sequence['Placement | None'],
   look_up: bool = False,
+  original: Callable[[int], Any] | None = None,
 ) -> tuple[Fixed, Adapter]:
   """Both halves of a leaf before the first step.
 
@@ -44,11 +53,20 @@ def begin(
     places: the adapter of each stack index, row-major; at least one is there.
     look_up: whether it is an embedding, see `Fixed.look_up`. Then A begins
       with zeros and B is random (PEFT's), and nothing is dropped.
+    original: W [in, out] of a stack index before it was quantised (LoftQ).
 
   Raises:
     ValueError: a rank or a leaf that this way of beginning can't have.
   """
   some = next(p for p in places if p)
+  if is_quantised(w) and (look_up or not axes_lib.is_matrix(axes)):
+    raise ValueError(
+      f'a quantised weight is [*stack, in, out] of a product, not of axes {axes}'
+    )
+  if some.init == 'loftq' and not is_quantised(w):
+    raise ValueError(
+      'init loftq corrects what quantising lost: load the model quantised'
+    )
   if look_up:
     _check_look_up(some)
   stack = axes_lib.sizes(w.shape, axes, 's')
@@ -61,7 +79,7 @@ def begin(
   rate = per_index(drops) if any(drops) else None
   ranks = tuple(p.rank if p else 0 for p in places)
   kind = 'look-up' if look_up else some.init
-  a, b = _factors(kind, key, w, axes, places)
+  a, b = _factors(kind, key, w, axes, places, original)
   fixed = Fixed(w, scale, rate, ranks, axes, look_up=look_up)
   adapter = Adapter(
     axes_lib.unflatten(a, w.shape, axes, 'i'),
@@ -73,6 +91,9 @@ def begin(
     norm2 = column_norms2(axes_lib.to_matrices(w, axes))
     norm2 = axes_lib.unflatten(norm2, w.shape, axes, 'o')
     fixed = dataclasses.replace(fixed, norm2=norm2)
+    if some.init == 'loftq':  # its sum is not W at the start
+      with jax.default_matmul_precision('highest'):
+        norm2 = by_layer(sum_norm2, w, norm2, a, b, scale)
     adapter = dataclasses.replace(adapter, m=jnp.sqrt(norm2))
   if not some.train_a:
     fixed = dataclasses.replace(fixed, a=adapter.a)
@@ -94,10 +115,31 @@ def _check_look_up(place: 'Placement') -> None:
 
 def column_norms2(w: Any) -> jax.Array:
   """Squared norms of W's columns, [*stack, out] float32."""
-  # A weight of another kind (a quantised one) gives its columns by products.
-  if hasattr(w, 'apply_to'):
-    w = product(jnp.eye(w.shape[-2], dtype=jnp.float32), w)
-  return jnp.sum(jnp.square(w.astype(jnp.float32)), -2)
+
+  def of(w):
+    return jnp.sum(jnp.square(plain(w, jnp.float32)), -2)
+
+  return by_layer(of, w) if is_quantised(w) else of(w)
+
+
+def by_layer(fn: Callable[..., jax.Array], w: Any, *more: Any) -> jax.Array:
+  """`fn` of each stack index, so that one W at a time is made whole.
+
+  Args:
+    fn: of W [in, out] and what stands beside it.
+    w: [*stack, in, out].
+    more: arrays [*stack, ...].
+  """
+  stack = w.shape[:-2]
+  if not stack:
+    return fn(w, *more)
+  out = lax.map(lambda one: fn(*one), _flat_stack((w, *more), len(stack)))
+  return out.reshape(*stack, *out.shape[1:])
+
+
+def _flat_stack(tree: Any, n: int) -> Any:
+  """Arrays of n stack axes with one of all their indices, row-major."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[n:]), tree)
 
 
 def _factors(
@@ -106,6 +148,7 @@ def _factors(
   w: Any,
   axes: str,
   places: Sequence['Placement | None'],
+  original: Callable[[int], Any] | None = None,
 ) -> Pair:
   """A [*stack, R, in] and B [*stack, R, out], in and out flattened.
 
@@ -125,17 +168,29 @@ def _factors(
       return jnp.zeros(shape_a, jnp.float32), _live(b, live)
     a = {'default': default, 'gaussian': gaussian}[kind](key, shape_a)
     return _live(a, live), jnp.zeros(shape_b, jnp.float32)
+  if kind == 'loftq' and original is None:
+    raise ValueError(
+      'init loftq wants the weights as they were before quantising: give split'
+      ' originals'
+    )
   matrices = None
-  if kind in FROM_BASE:
-    matrices = axes_lib.to_matrices(w, axes).reshape(-1, n_in, n_out)
+  if kind != 'orthogonal':
+    matrices = _flat_stack(axes_lib.to_matrices(w, axes), len(stack))
+
+  def of(i: int, place: 'Placement') -> Pair:
+    if kind == 'orthogonal':
+      own = jax.random.fold_in(key, i)
+      return orthogonal(own, n_in, n_out, place.rank)
+    matrix = plain(jax.tree.map(lambda x: x[i], matrices), jnp.float32)
+    if kind == 'loftq' and original is not None:
+      return loftq_factors(original(i), matrix, place.rank, place.scale)
+    return from_base(kind, matrix, place.rank, place.scale)
+
   halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
   for i, place in enumerate(places):
     pair = jnp.zeros((r, n_in)), jnp.zeros((r, n_out))
-    if place and matrices is not None:
-      pair = from_base(kind, matrices[i], place.rank, place.scale)
-    elif place:
-      own = jax.random.fold_in(key, i)
-      pair = orthogonal(own, n_in, n_out, place.rank)
+    if place:
+      pair = of(i, place)
     for half, x in zip(halves, pair, strict=True):
       half.append(jnp.pad(x, ((0, r - len(x)), (0, 0))))
   a, b = map(jnp.stack, halves)
@@ -178,13 +233,17 @@ def orthogonal(key: jax.Array, n_in: int, n_out: int, rank: int) -> Pair:
 
 def from_base(kind: str, w: jax.Array, rank: int, scale: float) -> Pair:
   """`pissa` or `olora` of W [in, out]."""
+  _check_rank(kind, w, rank)
+  w = w.astype(jnp.float32)
+  return pissa(w, rank, scale) if kind == 'pissa' else olora(w, rank)
+
+
+def _check_rank(kind: str, w: jax.Array, rank: int) -> None:
   if rank > min(w.shape):
     raise ValueError(
       f'init {kind}: rank {rank} is above the smaller side of a weight'
       f' [in, out] = {list(w.shape)}'
     )
-  w = w.astype(jnp.float32)
-  return pissa(w, rank, scale) if kind == 'pissa' else olora(w, rank)
 
 
 def pissa(w: jax.Array, rank: int, scale: float) -> Pair:
@@ -201,3 +260,53 @@ def olora(w: jax.Array, rank: int) -> Pair:
   """R columns of the QR of W^T (Büyükakyüz 2024): B orthonormal, A the rest."""
   q, r = jnp.linalg.qr(w.T)
   return r[:rank], q.T[:rank]
+
+
+def loftq_factors(
+  w: Any, w_quantised: jax.Array, rank: int, scale: float
+) -> Pair:
+  """A and B of the best update from the quantised W to W (Li et al. 2023).
+
+  Args:
+    w: [in, out] before it was quantised.
+    w_quantised: [in, out] what is left of it.
+    rank: R.
+    scale: of the update scale A^T B.
+
+  Returns:
+    A [R, in] and B [R, out] float32.
+  """
+  _check_rank('loftq', w_quantised, rank)
+  lost = jnp.asarray(w).astype(jnp.float32) - w_quantised.astype(jnp.float32)
+  return pissa(lost, rank, scale)
+
+
+def loftq(
+  w: jax.Array,
+  quantise: Callable[[jax.Array], Any],
+  rank: int,
+  scale: float,
+  iterations: int = 1,
+) -> tuple[Any, jax.Array, jax.Array]:
+  """LoftQ (Li et al. 2023, algorithm 1): Q and A, B with Q + scale A^T B near W.
+
+  With one iteration (PEFT's default) Q is W quantised as ever, and the adapter
+  fits any load of the same base.
+
+  Args:
+    w: [in, out].
+    quantise: [in, out] float32 -> an array, or a weight with `dequantised`.
+    rank: R.
+    scale: of the update.
+    iterations: how often Q, and then A and B, are chosen anew.
+
+  Returns:
+    (quantise's answer, A [R, in], B [R, out]).
+  """
+  w = w.astype(jnp.float32)
+  residual = w
+  for _ in range(iterations):
+    q = quantise(residual)
+    a, b = loftq_factors(w, plain(q, jnp.float32), rank, scale)
+    residual = w - scale * a.T @ b
+  return q, a, b

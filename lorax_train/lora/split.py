@@ -10,8 +10,9 @@ optax and a checkpoint of `trainable` see A and B alone, and what is trained
 whole (`modules_to_save`), as H here.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ def split(
   names: Names | None = None,
   layout: Layout | None = None,
   others: Names | None = None,
+  originals: Callable[[str, int], Any] | None = None,
 ) -> tuple[Params, Params]:
   """Splits parameters into (frozen, trainable), with new factors A and B.
 
@@ -53,6 +55,8 @@ def split(
       more axes is [*stack, in, out].
     others: {path: module names}, likewise, of leaves that take no adapter but
       may be trained whole. None: where `names` is None too, all other leaves.
+    originals: (path, stack index) -> W [in, out] before it was quantised, for
+      init loftq.
 
   Returns:
     (frozen, trainable), see the head of this file.
@@ -99,7 +103,10 @@ def split(
         half, own = whole_lib.begin(w, layout[path], places)
       elif any(places):
         axes, look_up = layout[path].replace('v', 'i'), 'v' in layout[path]
-        half, own = init.begin(key_at(key, path), w, axes, places, look_up)
+        original = originals and functools.partial(originals, path)
+        half, own = init.begin(
+          key_at(key, path), w, axes, places, look_up, original
+        )
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None
     frozen.append(half)

@@ -106,7 +106,10 @@ def _factored(
   path: str, fixed: Fixed, adapter: Adapter, key: jax.Array | None
 ) -> Factored:
   if not is_array(fixed.w):
-    raise ValueError(f'{path}: transform wants plain arrays, not {fixed.w}')
+    raise ValueError(
+      f'{path}: transform wants plain arrays, not a {type(fixed.w).__name__}:'
+      ' use bind, or make the weight whole first'
+    )
   a, b, n_stack = fixed.a_of(adapter), adapter.b, fixed.scale.ndim
   n_trained = a.shape[n_stack]
   if fixed.a0 is not None and fixed.b0 is not None:

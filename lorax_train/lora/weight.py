@@ -201,8 +201,9 @@ class LoraWeight:
       raise ValueError('a transposed adapter has no input to drop from')
     if self.m is not None:
       raise ValueError('DoRA has lengths of columns, not of rows: no transpose')
+    w = self.w.T if is_quantised(self.w) else jnp.swapaxes(self.w, -1, -2)
     return LoraWeight(
-      w=jnp.swapaxes(self.w, -1, -2), a=self.b, b=self.a, scale=self.scale,
+      w=w, a=self.b, b=self.a, scale=self.scale,
       a0=self.b0, b0=self.a0,
     )  # fmt: skip
 
@@ -211,10 +212,20 @@ class LoraWeight:
     delta = low_rank(self.a, self.b, self.scale)
     if self.a0 is not None:
       delta = delta - low_rank(self.a0, self.b0, self.scale)
-    total = self.w.astype(jnp.float32) + delta
+    total = plain(self.w, jnp.float32) + delta
     if self.m is not None:
       total = total * self._gain()[..., None, :]
     return total.astype(self.w.dtype)
+
+
+def is_quantised(w: Any) -> bool:
+  """Whether w is a weight stored in fewer bits, as those of `quant` are."""
+  return hasattr(w, 'dequantised')
+
+
+def plain(w: Any, dtype: Any) -> Array:
+  """w [*stack, in, out] in a dtype: an array, or what it stands for."""
+  return w.dequantised(dtype) if is_quantised(w) else w.astype(dtype)
 
 
 def low_rank(a: Array, b: Array, scale: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax_train.lora.spec import Whole
-from lorax_train.lora.weight import node, product
+from lorax_train.lora.weight import is_quantised, node, product
 
 Array = Any
 
@@ -150,6 +150,11 @@ def begin(
     ValueError: what can't be trained so.
   """
   some = next(p for p in places if p)
+  if is_quantised(w):
+    raise ValueError(
+      'a quantised weight is not trained whole: load the model unquantised, or'
+      ' give the module an adapter'
+    )
   if not jnp.issubdtype(w.dtype, jnp.floating) or hasattr(w, 'apply_to'):
     raise ValueError(f'a leaf of {w.dtype} is not trained whole')
   if not all(isinstance(p, Whole | None) for p in places):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lorax_train.quant import int8, nf4
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -33,6 +35,24 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quant:
+  """How the linears of the layers are stored; see `lorax_train.quant`.
+
+  Attributes:
+    kind: 'none', 'nf4' or 'int8'.
+    double: of nf4, whether the absmax of its blocks is quantised in turn.
+    stored: whether the files hold them so, and nobody has the numbers that
+      they were made of.
+    kept: paths of the linears that are not quantised.
+  """
+
+  kind: str = 'none'
+  double: bool = True
+  stored: bool = False
+  kept: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
   """Sizes and constants of a Mistral or Llama decoder.
 
@@ -50,6 +70,7 @@ class DecoderConfig:
     window: a query sees itself and the window - 1 tokens before; None: all.
     tied: the output head is the embedding, transposed.
     init_std: standard deviation of random initial weights.
+    quant: how the linears of the layers are stored.
   """
 
   vocab: int
@@ -65,6 +86,7 @@ class DecoderConfig:
   window: int | None = None
   tied: bool = False
   init_std: float = 0.02
+  quant: Quant = Quant()
 
 
 class Param(NamedTuple):
@@ -129,8 +151,23 @@ def shape(cfg: DecoderConfig, param: Param) -> tuple[int, ...]:
 
 
 def axis_units(cfg: DecoderConfig, param: Param) -> tuple[int, ...]:
-  """Into how many parts each axis may be cut: heads are never split."""
-  return tuple(_units(cfg, axis) for axis in param.axes)
+  """Into how many parts each axis may be cut: heads are never split.
+
+  Nor are the blocks of a quantised weight.
+  """
+  units = tuple(_units(cfg, axis) for axis in param.axes)
+  if quant_of(cfg, param) != 'nf4':
+    return units
+  stack, n_in, n_out = units
+  whole, rest = divmod(axis_size(cfg, param.axes[1]), nf4.BLOCK)
+  # Blocks that go on from one output to the next are one after the other.
+  return (stack, 1, 1) if rest else (stack, math.gcd(n_in, whole), n_out)
+
+
+def quant_of(cfg: DecoderConfig, param: Param) -> str:
+  """'nf4' or 'int8'; 'none' of what is stored as it is."""
+  small = param.stacked and param.linear and param.path not in cfg.quant.kept
+  return cfg.quant.kind if small else 'none'
 
 
 def _units(cfg: DecoderConfig, axis: str) -> int:
@@ -163,9 +200,17 @@ def nest(by_path: Mapping[str, Any]) -> dict:
 
 def abstract(cfg: DecoderConfig, dtype: Any) -> dict:
   """The whole tree of parameters as shapes; allocates nothing."""
-  return nest(
-    {p.path: jax.ShapeDtypeStruct(shape(cfg, p), dtype) for p in table(cfg)}
-  )
+  return nest({p.path: abstract_leaf(cfg, p, dtype) for p in table(cfg)})
+
+
+def abstract_leaf(cfg: DecoderConfig, param: Param, dtype: Any) -> Any:
+  """A parameter as its shape; of a quantised one, of each of its arrays."""
+  kind, own = quant_of(cfg, param), shape(cfg, param)
+  if kind == 'none':
+    return jax.ShapeDtypeStruct(own, dtype)
+  if kind == 'int8':
+    return int8.abstract(own, dtype)
+  return nf4.abstract(own, dtype, cfg.quant.double)
 
 
 def module_names(cfg: DecoderConfig) -> dict[str, tuple[str, ...]]:

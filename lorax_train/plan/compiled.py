@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError
+from lorax_train.formats import quantised
 from lorax_train.hardware import CHIPS
 from lorax_train.plan import hlo, shapes
 from lorax_train.plan.chips import Topology
@@ -207,7 +208,7 @@ def _weight_gradients(
   rows, length = ids.sharding.shard_shape(ids.shape)[1:]
   wanted = {
     leaf.shape[-2:]
-    for leaf in jax.tree.leaves(given.frozen)
+    for leaf in quantised.weights(given.frozen)
     if len(leaf.shape) in (2, 3) and min(leaf.shape[-2:]) > 64
   }
   taken = {rows * length, rows, length}

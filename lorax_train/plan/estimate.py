@@ -14,6 +14,7 @@ import jax
 
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
+from lorax_train.formats import quantised
 from lorax_train.plan import flops, liveness, opaque, shapes
 from lorax_train.plan.chips import Topology
 from lorax_train.plan.shapes import Mesh
@@ -199,7 +200,7 @@ def collectives(
   """{kind: bytes that a device receives} in a step.
 
   W of each layer is gathered over fsdp for the forward and for the backward
-  pass, the adapters with it; their gradients are summed over data and fsdp; and
+  pass, a quantised one as what it stands for, the adapters with it; their gradients are summed over data and fsdp; and
   over tensor the two sums of each layer, of its inputs and of its recomputed
   half.
   """
@@ -207,9 +208,15 @@ def collectives(
   n_micro = cfg.train.grad_accum
   out = dict.fromkeys(('all-gather', 'reduce-scatter', 'all-reduce'), 0)
   trainable = jax.tree.leaves(whole.state.trainable)
+  width = 2 if cfg.model.dtype == 'bfloat16' else 4
   for leaf in [*jax.tree.leaves(whole.frozen), *trainable]:
     if _cut_by(leaf, 'fsdp'):
       out['all-gather'] += 2 * n_micro * (fsdp - 1) * shapes.bytes_of(leaf)
+  for w in quantised.weights(whole.frozen):
+    if hasattr(w, 'dequantised') and _cut_by(w, 'fsdp'):
+      parts = [x for x in jax.tree.leaves(w) if _cut_by(x, 'fsdp')]
+      more = _whole_bytes(w, width) - shapes.bytes_of(parts)
+      out['all-gather'] += 2 * n_micro * (fsdp - 1) * more
   for leaf in trainable:
     n = shapes.bytes_of(leaf)
     if _cut_by(leaf, 'fsdp'):
@@ -219,11 +226,17 @@ def collectives(
       out['all-reduce'] += n_micro * _summed(n, data * fsdp)
   if tensor > 1:
     m = whole.model_cfg
-    width = 2 if cfg.model.dtype == 'bfloat16' else 4
     rows = math.prod(whole.batch['ids'].sharding.shard_shape(whole.batch['ids'].shape))  # fmt: skip
     sums = m.layers * (5 if cfg.model.remat == 'full' else 4) + 1
     out['all-reduce'] += sums * _summed(rows * m.hidden * width, tensor)
   return out
+
+
+def _whole_bytes(w: Any, width: int) -> int:
+  """Bytes of what a device's part of a quantised weight stands for."""
+  stored = jax.tree.leaves(w)[0]
+  part = math.prod(stored.sharding.shard_shape(stored.shape))
+  return math.prod(w.shape) * part // math.prod(stored.shape) * width
 
 
 def _summed(n: int, ways: int) -> int:

@@ -103,6 +103,28 @@ def products_of_shape(
   return found
 
 
+def float_stacks(
+  text: str, shapes: Iterable[tuple[int, ...]], layers: int
+) -> set[tuple[int, ...]]:
+  """Which of these matrices stand as floats, of all layers at once.
+
+  Args:
+    text: the program.
+    shapes: [in, out] of each; in may be written as blocks of 64.
+    layers: of the stack.
+  """
+  wanted = {}
+  for n_in, n_out in shapes:
+    for part in ((n_in,), (n_in // 64, 64), (n_in // 64, 2, 32)):
+      wanted[tuple(sorted((layers, *part, n_out)))] = (n_in, n_out)
+  return {
+    wanted[own]
+    for dtype, dims in _ARRAY.findall(text)
+    if 'f' in dtype
+    and (own := tuple(sorted(n for n in _dims(dims) if n != 1))) in wanted
+  }
+
+
 def _summed(line: str, sizes: Mapping[str, int], size: int) -> int | None:
   """How many numbers a product without batch axes sums, by its sizes alone."""
   operands = [sizes.get(n) for n in _OPERANDS.findall(line.partition('(')[2])]

@@ -24,8 +24,15 @@ from lorax_train.errors import (
   ModelError,
   ResumeError,
 )
-from lorax_train.formats import find, hf, hf_config, safetensors
+from lorax_train.formats import (
+  find,
+  hf,
+  hf_config,
+  quant_config,
+  safetensors,
+)
 from lorax_train.infer.inspection import aligned
+from lorax_train.lora.halves import is_half
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import checkpoint, options, setup
 from lorax_train.train import step as step_lib
@@ -135,6 +142,7 @@ def evaluate_file(
   on_bad_row: str = 'error',
   batch_size: int = 8,
   dtype: str = 'float32',
+  quant: str = 'none',
   rows: int = 0,
 ) -> Report:
   """The losses of a model, and of an adapter on it, on the rows of a file.
@@ -149,6 +157,7 @@ def evaluate_file(
     on_bad_row: what becomes of a row that does not fit the template.
     batch_size: rows computed at once.
     dtype: compute and storage dtype.
+    quant: see `model.quant`.
     rows: take the first so many of the rows that are left; 0 for all.
 
   Raises:
@@ -166,6 +175,7 @@ def evaluate_file(
     adapter=adapter,
     batch_size=batch_size,
     dtype=dtype,
+    quant=quant,
   )
   with options.reworded():
     model_dir = find.find_model(model)
@@ -213,7 +223,9 @@ def _evaluate(
   if cfg.lora.init_from:
     adapters = setup.plan_adapters(cfg, model_cfg)
   else:
-    adapters = setup.no_adapters(model_cfg)
+    adapters = setup.no_adapters(
+      quant_config.as_asked(model_cfg, cfg.model.quant)
+    )
   model_cfg = adapters.model_cfg
   kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
   with jax.set_mesh(mesh):
@@ -267,8 +279,8 @@ def _switched_off(
     return half.taken(w) if isinstance(half, lora.Original) else own
 
   return (
-    jax.tree.map(as_it_was, frozen, trainable, params, is_leaf=lora.is_trained),
-    jax.tree.map(off, frozen, is_leaf=lora.is_trained),
+    jax.tree.map(as_it_was, frozen, trainable, params, is_leaf=is_half),
+    jax.tree.map(off, frozen, is_leaf=is_half),
   )
 
 

@@ -15,7 +15,7 @@ from lorax_train import config as config_lib
 from lorax_train import lora, together
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
-from lorax_train.formats import find, hf, hf_config, safetensors
+from lorax_train.formats import find, hf, hf_config, quantised, safetensors
 from lorax_train.train import (
   checkpoint,
   export,
@@ -104,7 +104,8 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   if done == steps and exported:
     say(f'already done: {steps} steps')
     if together.first():
-      say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done)))
+      say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done),
+                          cfg.model.quant))  # fmt: skip
     return adapter_dir
   with together.together():
     if together.first():
@@ -116,7 +117,8 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     param_dtype = jnp.dtype(cfg.model.param_dtype)
     with together.together():
       params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
-      frozen, trainable = setup.split(cfg, params, adapters)
+      originals = quantised.originals(weights, model_cfg, mesh)
+      frozen, trainable = setup.split(cfg, params, adapters, originals)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint
@@ -178,7 +180,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     if together.first():
       if chosen:
         say('\n' + samples.before_and_after(chosen, log.lines))
-      say(report.end_card(run_dir, model_dir, log.lines))
+      say(report.end_card(run_dir, model_dir, log.lines, cfg.model.quant))
   return adapter_dir
 
 

@@ -20,6 +20,7 @@ def config_of(
   adapter: str = '',
   batch_size: int = 8,
   dtype: str = 'float32',
+  quant: str = 'none',
 ) -> TrainConfig:
   """A configuration of one file's rows, none of which is held out.
 
@@ -28,7 +29,7 @@ def config_of(
   """
   mapping = config_lib.defaults()
   mapping['model'].update(
-    path=model, dtype=dtype, param_dtype=dtype, remat='none'
+    path=model, dtype=dtype, param_dtype=dtype, remat='none', quant=quant
   )
   mapping['lora'].update(init_from=adapter)
   mapping['data'].update(

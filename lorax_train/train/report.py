@@ -12,7 +12,17 @@ import jax
 from lorax_train import config as config_lib
 from lorax_train import lora
 from lorax_train.config import TrainConfig
+from lorax_train.formats import quantised
 from lorax_train.train import plot, samples
+
+# What transformers is told of a base that a run has quantised.
+_BITS = {
+  'nf4': (
+    "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',"
+    ' bnb_4bit_use_double_quant=True)'
+  ),
+  'int8': 'BitsAndBytesConfig(load_in_8bit=True)',
+}
 
 
 def banner(
@@ -41,14 +51,34 @@ def banner(
     'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
     'targets': targets(frozen, names),
     'precision': (
-      f'compute {cfg.model.dtype}, frozen weights {cfg.model.param_dtype},'
+      f'compute {cfg.model.dtype}, frozen weights {_kinds(cfg, frozen)},'
       ' adapters and optimizer float32'
     ),
+    **_stored(frozen, trainable),
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
     **rows,
     'run_dir': str(run_dir),
   }
   return '\n'.join(f'{key:<10} {value}' for key, value in lines.items())
+
+
+def _kinds(cfg: TrainConfig, frozen: Any) -> str:
+  """'bfloat16', or 'nf4 and bfloat16'."""
+  kind, dtype = quantised.kind_of(frozen), cfg.model.param_dtype
+  return dtype if kind == 'none' else f'{kind} and {dtype}'
+
+
+def _stored(frozen: Any, trainable: int) -> dict[str, str]:
+  """Of a quantised base, what is stored; else nothing."""
+  if quantised.kind_of(frozen) == 'none':
+    return {}
+  elements, n_bytes = quantised.stored(frozen)
+  return {
+    'stored': (
+      f'{elements + trainable:,} elements, 4-bit weights two to a byte, adapters'
+      f' among them; {(n_bytes + 4 * trainable) / 1e9:.2f} GB with the scales'
+    )
+  }
 
 
 def targets(frozen: Any, names: Mapping[str, Sequence[str]]) -> str:
@@ -81,7 +111,10 @@ def held_out(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def end_card(
-  run_dir: Path, model_dir: Path, lines: Sequence[Mapping[str, Any]]
+  run_dir: Path,
+  model_dir: Path,
+  lines: Sequence[Mapping[str, Any]],
+  quant: str = 'none',
 ) -> str:
   """What came out, where it is, and the commands to use it.
 
@@ -89,11 +122,16 @@ def end_card(
     run_dir: of the run.
     model_dir: the base, as files.
     lines: of metrics.jsonl.
+    quant: `model.quant` of the run.
   """
   adapter = run_dir / 'adapter'
   size = sum(path.stat().st_size for path in adapter.iterdir())
   lorax = f'{_python()} -m lorax_train'
   both = f'--model {_quoted(model_dir)} --adapter {_quoted(adapter)}'
+  how = ''
+  if quant != 'none':
+    both += f' --quant {quant}'
+    how = f', quantization_config={_BITS[quant]}'
   merged = _quoted(run_dir / 'merged')
   made = {
     'adapter': f'{adapter} ({size / 1e6:.1f} MB with its tokenizer)',
@@ -110,7 +148,7 @@ def end_card(
     f'  {lorax} merge {both} --out {merged}',
     f'  {lorax} inspect {_quoted(adapter)}',
     '  PeftModel.from_pretrained('
-    f'AutoModelForCausalLM.from_pretrained({str(model_dir)!r}),'
+    f'AutoModelForCausalLM.from_pretrained({str(model_dir)!r}{how}),'
     f' {str(adapter)!r})',
   ])  # fmt: skip
 
@@ -140,6 +178,11 @@ def _templates(cfg: TrainConfig) -> str:
   """Those that rows are trained on in."""
   used = dict.fromkeys(s.template for s in config_lib.sources(cfg.data))
   return ', '.join(f'`{template}`' for template in used)
+
+
+def _of_base(quant: str) -> list[str]:
+  """What a model card says of a base that the run has quantised."""
+  return [f'- trained on its base in {quant}: `{_BITS[quant]}`'] if quant in _BITS else []  # fmt: skip
 
 
 def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
@@ -174,6 +217,7 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
     f' {of_batch}, template {_templates(cfg)}, peak learning rate'
     f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
+    *_of_base(cfg.model.quant),
     f'- {result}',
     '',
   ]

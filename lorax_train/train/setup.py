@@ -1,6 +1,7 @@
 """What a run needs before its first step: rows, adapters, mesh, state."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from lorax_train.config import TrainConfig
 from lorax_train.data import prepare, tokenize, tokenized
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, DataError, ModelError
-from lorax_train.formats import peft
+from lorax_train.formats import peft, quant_config, quantised
+from lorax_train.lora.halves import is_half
 from lorax_train.lora.matching import flat
 from lorax_train.models import attention
 from lorax_train.models import params as params_lib
@@ -27,6 +29,8 @@ from lorax_train.train.rows import Rows, arrange
 from lorax_train.train.step import TrainState
 
 Tree = Any
+# (path, stack index) -> W [in, out] before it was quantised.
+Originals = Callable[[str, int], jax.Array]
 
 
 class Adapters(NamedTuple):
@@ -56,10 +60,18 @@ class Adapters(NamedTuple):
     """Of all modules."""
     return {**self.names, **self.norms}
 
-  def split(self, key: jax.Array, params: Tree) -> tuple[Tree, Tree]:
+  def split(
+    self, key: jax.Array, params: Tree, originals: Originals | None = None
+  ) -> tuple[Tree, Tree]:
     """(frozen, trainable), see `lora.split`."""
     return lora.split(
-      key, params, self.placed, self.names, self.layout, self.norms
+      key,
+      params,
+      self.placed,
+      self.names,
+      self.layout,
+      self.norms,
+      originals,
     )
 
 
@@ -67,9 +79,11 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
   """Resolves the targets, or takes those of the adapter to start from.
 
   Raises:
-    ConfigError: targets that match nothing.
+    ConfigError: targets that match nothing, or another model.quant than the
+      files have.
     ModelError: lora.init_from does not fit.
   """
+  model_cfg = quant_config.as_asked(model_cfg, cfg.model.quant)
   if cfg.lora.init_from:
     loaded = peft.load_adapter(Path(cfg.lora.init_from).expanduser())
     model_cfg, loaded, placed = peft.on_model(loaded, model_cfg)
@@ -89,6 +103,12 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
     model_cfg = dataclasses.replace(model_cfg, tied=False)
   none = no_adapters(model_cfg)
   spec = config_lib.lora_spec(cfg.lora)
+  if spec.init == 'loftq' and model_cfg.quant.stored:
+    raise ConfigError(
+      f'lora.init=loftq: the files of {cfg.model.path} hold quantised weights'
+      ' alone, and not what they lost: give the model they were made of, with'
+      f' model.quant={model_cfg.quant.kind}'
+    )
   try:
     placed = lora.resolve(spec, flat(none.names), others=flat(none.norms))
   except ValueError as error:
@@ -129,9 +149,17 @@ def abstract(
   """
   model_cfg = adapters.model_cfg
   params = params_lib.abstract(model_cfg, jnp.dtype(cfg.model.param_dtype))
+  matrices = {
+    p.path: params_lib.shape(model_cfg, p)[1:]
+    for p in params_lib.table(model_cfg)
+  }
+
+  def original(path: str, layer: int) -> jax.Array:
+    return jnp.zeros(matrices[path])
+
   try:
     frozen, trainable = jax.eval_shape(
-      lambda p: adapters.split(jax.random.key(0), p), params
+      lambda p: adapters.split(jax.random.key(0), p, original), params
     )
   except ValueError as error:
     raise ConfigError(f'lora: {error}') from None
@@ -155,10 +183,10 @@ def _on_mesh(
     if isinstance(half, lora.Adapter) or getattr(half, 'w', half) is None:
       return half  # an adapter lies as its weight does, which is not here
     if lora.is_trained(half):
-      return dataclasses.replace(half, w=state_lib.lying(half.w, own))
-    return state_lib.lying(half, own)
+      return dataclasses.replace(half, w=quantised.lying(half.w, own))
+    return quantised.lying(half, own)
 
-  is_leaf = lambda x: lora.is_trained(x) or isinstance(x, lora.Adapter)  # noqa: E731
+  is_leaf = lambda x: is_half(x) or isinstance(x, lora.Adapter)  # noqa: E731
   frozen, trainable = (
     jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_leaf)
     for tree in (frozen, trainable)
@@ -295,12 +323,18 @@ def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
 
 
 def split(
-  cfg: TrainConfig, params: Tree, adapters: Adapters
+  cfg: TrainConfig,
+  params: Tree,
+  adapters: Adapters,
+  originals: Originals | None = None,
 ) -> tuple[Tree, Tree]:
-  """Factors beside the weights, lying as the weights do."""
+  """Factors beside the weights, lying as the weights do.
+
+  `originals`, which lora.init=loftq wants, are those of `quantised.originals`.
+  """
   if adapters.loaded is None:
     key = jax.random.key(cfg.train.seed)
-    frozen, trainable = adapters.split(key, params)
+    frozen, trainable = adapters.split(key, params, originals)
   else:
     frozen, trainable = peft.attach(
       adapters.loaded, adapters.placed, adapters.model_cfg, params

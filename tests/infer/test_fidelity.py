@@ -19,6 +19,7 @@ from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.errors import ModelError
 from lorax_train.infer import fidelity, score
 from lorax_train.infer.load import load_model
+from lorax_train.quant import nf4, quantise
 from tests import toys
 from tests.data.toys import sentencepiece_model
 
@@ -305,3 +306,32 @@ def test_errors_come_before_the_merge(
   assert err.count('\n') == 1
   assert words in err
   assert not out.exists()
+
+
+def test_a_quantised_base_is_merged_into_what_it_stands_for(
+  pair, tmp_path, capsys
+):
+  model, adapter = pair
+  out = tmp_path / 'out'
+  argv = ['merge', '--model', model, '--adapter', adapter, '--out', str(out)]
+  assert verbs.cli([*argv, '--quant', 'nf4', '--report', '--rows', '1']) == 0
+  said = capsys.readouterr().out
+  assert '\nbase: nf4, and the adapter is merged into what it' in said
+  assert 'none: the merged model computes what the adapted one does' in said
+  base = load_file(Path(model) / 'model.safetensors')
+  written = load_file(out / 'model.safetensors')
+  factors = load_file(Path(adapter) / 'adapter_model.safetensors')
+
+  def stands_for(name):
+    weight = nf4.from_bitsandbytes(quantise(base[f'{name}.weight']))
+    return np.asarray(weight.dequantised()).T
+
+  for name in (KEYS[1], 'model.layers.2.mlp.down_proj'):
+    want = stands_for(name)
+    if name in KEYS:
+      key = f'base_model.model.{name}.lora_'
+      a, b = (factors[f'{key}{half}.weight'] for half in 'AB')
+      want = want + 2 * b @ a
+    np.testing.assert_allclose(written[f'{name}.weight'], want, atol=1e-5)
+  for name in ('model.norm.weight', 'lm_head.weight'):
+    np.testing.assert_array_equal(written[name], base[name])

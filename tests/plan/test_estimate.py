@@ -29,6 +29,7 @@ BY_XLA = [
   ('fsdp', {'rows': 32, 'train': {'grad_accum': 2}}),
   ('tensor', {'rows': 32, 'remat': 'dots'}),
   ('data', {'rows': 32, 'data': {'packing': True}}),
+  ('alone', {'remat': 'none', 'model': {'quant': 'nf4'}}),
 ]
 
 
@@ -58,8 +59,11 @@ def test_the_program_forms_no_gradient_of_a_frozen_weight(monkeypatch):
   assert 0 < largest <= 8 * shapes.bytes_of(whole.state.trainable)
 
 
-def test_what_is_given_is_what_lies_on_a_device():
-  cfg, adapters = run(rows=8, mesh={'fsdp': 4, 'tensor': 2})
+@pytest.mark.parametrize('quant', ['none', 'nf4', 'int8'])
+def test_what_is_given_is_what_lies_on_a_device(quant):
+  cfg, adapters = run(
+    rows=8, mesh={'fsdp': 4, 'tensor': 2}, model={'quant': quant}
+  )
   found = estimate.estimate(cfg, adapters, shapes.mesh_of(cfg, 8), 64, 'cpu')
   mesh = setup.make_mesh(cfg)
   whole = shapes.shapes_of(cfg, adapters, mesh, 64)
@@ -130,6 +134,30 @@ def test_needed_flops_see_the_mask_and_the_window(length):
   assert needed['4 N'] == 4 * 7_110_393_856
   assert needed['adapters'] == 6 * 41_943_040
   assert needed['attention'] == pytest.approx(14 * 32 * 32 * 128 * seen)
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots'])
+def test_no_policy_keeps_a_weight_made_whole(remat):
+  def made(**model):
+    cfg, adapters = run(length=64, rows=16, remat=remat, model=model)
+    mesh = shapes.mesh_of(cfg, 8)
+    return estimate.estimate(cfg, adapters, mesh, 64, 'cpu').made
+
+  kept = 'saved activations'
+  assert made(quant='nf4')[kept] == made()[kept]
+
+
+@pytest.mark.parametrize('quant', ['nf4', 'int8'])
+def test_what_fsdp_gathers_is_what_a_quantised_weight_stands_for(quant):
+  # As XLA has it for 8 H100: parts of W in bfloat16, made before they travel.
+  def received(**model):
+    cfg, adapters = run(model={'dtype': 'bfloat16', **model})
+    mesh = shapes.mesh_of(cfg, 4)
+    whole = shapes.shapes_of(cfg, adapters, mesh, 64)
+    return estimate.collectives(cfg, whole, mesh)['all-gather']
+
+  kept = {'param_dtype': 'bfloat16'}
+  assert received(quant=quant, **kept) == received(**kept)
 
 
 def test_full_remat_saves_the_input_of_each_layer():

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_train import parallel
 from lorax_train.plan import hlo
+from lorax_train.quant import nf4
 
 
 def compiled(function, *args):
@@ -109,3 +110,21 @@ def test_other_compilers_write_the_same_in_other_ways():
     hlo.Collective('all-gather', 256, 32),
   ]
   assert hlo.kernels(OTHERS) == {'tpu_custom_call': 1, '__cudnn$fmhaSoftmax': 1}
+
+
+def in_a_scan(x, w):
+  return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def all_at_once(x, w):
+  return jax.lax.scan(lambda x, w: (x @ w, None), x, w.dequantised())[0]
+
+
+@pytest.mark.parametrize(
+  ('function', 'found'), [(in_a_scan, set()), (all_at_once, {(128, 128)})]
+)
+def test_a_stack_that_is_made_whole_is_seen(function, found):
+  x = jax.ShapeDtypeStruct((5, 128), jnp.float32)
+  w = nf4.abstract((7, 128, 128), jnp.float32)
+  text = jax.jit(function).lower(x, w).compile().as_text()
+  assert hlo.float_stacks(text, {(128, 128), (128, 64)}, 7) == found

@@ -9,12 +9,14 @@ import math
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorax_train import __main__, config
 from lorax_train.errors import DataError, DivergedError, ModelError, ResumeError
+from lorax_train.infer.load import load_params
 from lorax_train.train import evaluate, loop, rundir, step
 from lorax_train.train import losses as losses_lib
 from tests.formats.refusals import refusal
@@ -285,6 +287,21 @@ def test_losses_equal_transformers(adapter, golden, tmp_path, capsys):
     assert report['adapted'] is report['change_percent'] is None
   words = verb(capsys, *argv)[1]
   assert ('adapted' in words) == ('change' in words) == bool(adapter)
+
+
+def test_the_base_is_quantised_where_that_is_asked(golden, tmp_path, capsys):
+  folder = golden / 'mistral_window'
+  want = load_file(folder / 'reference.safetensors')
+  path = rows_of(want['ids'], want['labels'], tmp_path / 'rows.jsonl')
+  argv = ['--model', folder / 'model', '--template', 'tokens', '--data', path]
+  code, out, _ = verb(capsys, *argv, '--quant', 'nf4', '--json')
+  loss = json.loads(out)['base']['loss']
+  apply, params = load_params(folder / 'model', quant='nf4')
+  logits = np.asarray(jax.jit(apply)(params, want['ids']))
+  every = losses(logits, want['labels'])
+  assert (code, loss) == (0, pytest.approx(every.mean(), abs=1e-5))
+  plain = losses(want['logits'], want['labels']).mean()
+  assert abs(loss - plain) > 1e-2
 
 
 def test_the_first_rows_in_batches_of_any_size(golden, tmp_path):

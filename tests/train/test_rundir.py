@@ -147,6 +147,7 @@ CHANGES = [
   ('model.dtype', 'float32', False),
   ('model.param_dtype', 'float32', False),
   ('lora.rank', 4, False),
+  ('model.quant', 'nf4', False),
   ('lora.alpha', 8.0, False),
   ('lora.targets', 'all-linear', False),
   ('lora.dropout', 0.1, False),
@@ -213,7 +214,7 @@ def test_every_key_stands_in_the_table():
   keys = {key for key, _, _ in CHANGES}
   # Of two there is but one value so far; the others are as rank_pattern is.
   rest = {
-    'method', 'model.quant', 'lora.exclude', 'lora.alpha_pattern',
+    'method', 'lora.exclude', 'lora.alpha_pattern',
     'lora.layers_to_transform', 'lora.modules_to_save',
     'lora.trainable_token_indices', 'model.untie',
   }  # fmt: skip
