@@ -134,6 +134,8 @@ def _data_problems(section: DataSection) -> list[str]:
       'data.path and data.mixture are both given: empty one, as by'
       ' --config.data.path='
     )
+  if section.rows and section.mixture:
+    problems.append('data.rows goes with data.path, not with data.mixture')
   given = [
     (s.path, s.template) for s in (sources(section) if section.mixture else ())
   ]

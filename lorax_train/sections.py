@@ -13,6 +13,7 @@ _TEMPLATES = (
   'uno_reverse',
   'text',
   'prompt_completion',
+  'choice',
   'chat',
   'sharegpt',
   'mistral_v1',
@@ -124,7 +125,11 @@ class DataSection:
       the model's own chat template, see docs/chat.md); or a
       format string over its columns, learned from {|} on,
       'Q: {question} A:{|} {answer}'; or a function, 'module:function', that
-      makes of a row a dict of prompt and completion.
+      makes of a row a dict of prompt and completion. Texts to choose from are
+      given by choice, or '{text:strip} It was{|} {label:0=bad,1=good}', see
+      docs/choice.md.
+    rows: so many rows of `path`, drawn at random, are trained on, and eval.rows
+      others are held out, however many; 0 for all.
     eval_path: held-out rows, in data.template; '' takes eval.rows rows out of
       `path` or `mixture`.
     max_length: longest row in tokens.
@@ -146,6 +151,7 @@ class DataSection:
   path: str = ''
   mixture: tuple[Source, ...] = ()
   template: str = _key('alpaca', choices=_TEMPLATES, own=_OWN_TEMPLATE)
+  rows: int = _key(0, at_least=0)
   eval_path: str = ''
   max_length: int = _key(512, at_least=2)
   truncation: str = _key('drop', choices=('drop', 'left', 'right', 'error'))
@@ -161,6 +167,9 @@ class TrainSection:
 
   Attributes:
     steps: optimizer steps.
+    loss: of rows of choices what is learned: to tell the right one from the
+      others (choices), or its tokens alone (tokens, as of rows without); auto is
+      choices where rows have them.
     batch_size: rows of a micro-batch, over all devices; with data.packing,
       packs.
     grad_accum: micro-batches of a step.
@@ -180,6 +189,7 @@ class TrainSection:
   """
 
   steps: int = _key(1000, at_least=1)
+  loss: str = _key('auto', choices=('auto', 'tokens', 'choices'))
   batch_size: int = _key(8, at_least=1)
   grad_accum: int = _key(1, at_least=1)
   learning_rate: float = _key(2e-4, at_least=0)
@@ -233,7 +243,7 @@ class EvalSection:
     every: steps between two evaluations; before the first and after the last
       step there is one in any case.
     rows: rows held out of data.path or data.mixture (of each source a tenth at
-      most); 0 for none.
+      most, unless data.rows says how many are left); 0 for none.
     samples: held-out prompts that are continued at each evaluation, for
       samples.md; 0 for none.
   """

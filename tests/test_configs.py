@@ -32,6 +32,15 @@ TINY = {
   'train.warmup_steps': 0,
 }
 
+# Configs whose rows have columns of their own: (suffix, content, other keys).
+OWN_ROWS = {
+  'sst2': (
+    '.tsv',
+    'sentence\tlabel\n' + ''.join(f'it is {i} \t{i % 2}\n' for i in range(40)),
+    {'data.rows': 24, 'eval.rows': 8},
+  ),
+}
+
 # config.json of mistralai/Mistral-7B-v0.1.
 MISTRAL_7B = {
   'architectures': ['MistralForCausalLM'],
@@ -93,10 +102,15 @@ def test_a_config_fits_its_model(path, tmp_path):
 def test_a_config_trains_two_steps(
   path, tmp_path, tiny_model, rows_file, capfd
 ):
+  suffix, content, more = OWN_ROWS.get(path.stem, ('', '', {}))
+  if content:
+    rows_file = tmp_path / f'rows{suffix}'
+    rows_file.write_text(content)
   overrides = [
     f'--config.{key}={value}'
     for key, value in {
       **TINY,
+      **more,
       'model.path': tiny_model,
       'data.path': rows_file,
       'run_dir': tmp_path / 'run',

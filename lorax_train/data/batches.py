@@ -16,18 +16,17 @@ import numpy as np
 from lorax_train.data.encoded import NO_LOSS
 from lorax_train.data.joined import RowSet
 from lorax_train.data.packing import Packs
+from lorax_train.data.sequences import EMPTY
 from lorax_train.errors import DataError
 
 # Streams: what is drawn for one tells nothing of another.
 HELD_OUT, EPOCH, SOURCE, BLOCK, BATCHES = range(5)
 
-EMPTY = -1  # in place of a row: nothing but padding
-
 Walk = Callable[[int, int], np.ndarray]  # (begin, count) -> numbers of rows
 
 
 def split_held_out(
-  n_rows: int, n_eval: int, seed: int, source: int = 0
+  n_rows: int, n_eval: int, seed: int, source: int = 0, n_train: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
   """Sets `n_eval` random rows aside.
 
@@ -36,20 +35,27 @@ def split_held_out(
     n_eval: how many to set aside.
     seed: of the run.
     source: which of several sources the rows are of.
+    n_train: how many to train on; 0 for all that are left.
 
   Returns:
     Indices of the rows to train on and of those to evaluate on, each sorted.
 
   Raises:
-    DataError: nothing would be left to train on.
+    DataError: so many rows there are not.
   """
+  if n_train and n_train + n_eval > n_rows:
+    raise DataError(
+      f'data.rows={n_train} and eval.rows={n_eval}: there are {n_rows:,} rows;'
+      ' lower one of them'
+    )
   if not 0 <= n_eval < n_rows:
     raise DataError(
       f'eval.rows={n_eval}: {n_rows} rows can give 0 to {n_rows - 1} for'
       ' evaluation; lower it, or name a file as --config.data.eval_path'
     )
   order = shuffled(n_rows, seed, HELD_OUT, 0, source)
-  return np.sort(order[n_eval:]), np.sort(order[:n_eval])
+  end = n_eval + n_train if n_train else n_rows
+  return np.sort(order[n_eval:end]), np.sort(order[:n_eval])
 
 
 def row_order(
@@ -96,8 +102,9 @@ def walk_of(n_rows: int, seed: int, source: int | None = None) -> Walk:
 
 def row_length(tokenized: RowSet, max_length: int, multiple: int = 64) -> int:
   """One length for every batch of a run, so that the step compiles once."""
-  longest = int(tokenized.lengths.max())
-  return min(max_length, -(-longest // multiple) * multiple)
+  report = tokenized.report
+  longest = report.longest if report.choices else tokenized.lengths.max()
+  return min(max_length, -(-int(longest) // multiple) * multiple)
 
 
 def pad_batch(
@@ -192,6 +199,15 @@ def take_packs(
   )
 
 
+def in_batches(indices: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+  """Every row of `indices` once, in order, the last batch filled with EMPTY."""
+  for begin in range(0, len(indices), batch_size):
+    rows = np.full(batch_size, EMPTY)
+    chosen = indices[begin : begin + batch_size]
+    rows[: len(chosen)] = chosen
+    yield rows
+
+
 def eval_batches(
   tokenized: RowSet,
   indices: np.ndarray,
@@ -203,10 +219,7 @@ def eval_batches(
 
   The last batch is filled up with rows of nothing but padding.
   """
-  for begin in range(0, len(indices), batch_size):
-    rows = np.full(batch_size, EMPTY)
-    chosen = indices[begin : begin + batch_size]
-    rows[: len(chosen)] = chosen
+  for rows in in_batches(indices, batch_size):
     yield take_rows(tokenized, rows, length, pad_id)
 
 

@@ -1,18 +1,22 @@
 """A row to ids and labels at its full length."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorax_train.data import sequences
 from lorax_train.data.chat import encode_conversations
+from lorax_train.data.choices import Choices
 from lorax_train.data.encoded import NO_LOSS, Drop, Encoded, caught, in_parts
 from lorax_train.data.problems import RowError
 from lorax_train.data.rows import Row
+from lorax_train.data.sequences import EncodedChoices
 from lorax_train.data.template import (
   CONVERSATIONS,
   TOKENS,
   Example,
+  Render,
   template_named,
 )
 from lorax_train.errors import ModelError
@@ -25,7 +29,7 @@ _MAX_ID = np.iinfo(np.int32).max
 
 def encode_rows(
   rows: Iterable[Row], template: str, tokenizer: 'Tokenizer | None'
-) -> Iterator[tuple[Row, Encoded | RowError]]:
+) -> Iterator[tuple[Row, Encoded | EncodedChoices | RowError]]:
   """Each row with its full-length encoding, or with what is wrong with it.
 
   The rules are told at `tokenized.tokenize_rows`.
@@ -51,22 +55,33 @@ def encode_rows(
     return
   for part in in_parts(rows):
     examples = [caught(_rendered, render, row.fields) for row in part]
-    good = [e for e in examples if isinstance(e, Example)]
+    good = [e for e in examples if not isinstance(e, RowError)]
     prompts = iter(tokenizer.encode([e.prompt for e in good]))
-    joints = iter(tokenizer.encode([e.prompt + e.completion for e in good]))
+    joints = iter(tokenizer.encode([t for e in good for t in wholes(e)]))
     for row, example in zip(part, examples, strict=True):
-      if isinstance(example, Example):
-        ids = next(prompts), next(joints)
-        yield row, caught(_labelled, *ids, tokenizer.bos_id, tokenizer.eos_id)
-      else:
+      if isinstance(example, RowError):
         yield row, example
+        continue
+      prompt, bos_id = next(prompts), tokenizer.bos_id
+      if isinstance(example, Choices):
+        own = [next(joints) for _ in example.choices]
+        args = prompt, own, example.answer, bos_id
+        yield row, caught(sequences.encoded, *args)
+      else:
+        ids = prompt, next(joints), bos_id, tokenizer.eos_id
+        yield row, caught(_labelled, *ids)
 
 
-def _rendered(
-  render: Callable[[Mapping[str, Any]], Example], fields: Mapping[str, Any]
-) -> Example:
+def wholes(example: Example | Choices) -> list[str]:
+  """The prompt with what follows it, or with each text that may."""
+  if isinstance(example, Choices):
+    return [example.prompt + text for text in example.choices]
+  return [example.prompt + example.completion]
+
+
+def _rendered(render: Render, fields: Mapping[str, Any]) -> Example | Choices:
   example = render(fields)
-  if not example.completion.strip():
+  if isinstance(example, Example) and not example.completion.strip():
     raise RowError('empty completion')
   return example
 
@@ -74,10 +89,7 @@ def _rendered(
 def _labelled(
   prompt: list[int], joint: list[int], bos_id: int | None, eos_id: int
 ) -> Encoded:
-  # Most prompts are whole: compared at once, and only else one by one.
-  n = len(prompt) if joint[: len(prompt)] == prompt else 0
-  while n < len(prompt) and n < len(joint) and prompt[n] == joint[n]:
-    n += 1
+  n = sequences.common(prompt, joint)
   if n == len(joint):
     # White space or the like, which the tokenizer's normaliser took away.
     raise Drop('nothing to learn', 'the completion has no tokens')

@@ -17,8 +17,33 @@ class Drop(RowError):
   """A sound row that the run has no use for: dropped and counted."""
 
 
+class TooLong(Drop):
+  """A row that `truncation` does not cut."""
+
+
+class Sizes(NamedTuple):
+  """The most there is in rows of choices.
+
+  Attributes:
+    choices: how many a row has.
+    length: tokens of one with its prompt.
+    choice: tokens of one alone.
+  """
+
+  choices: int = 0
+  length: int = 0
+  choice: int = 0
+
+  def most(self, other: 'Sizes') -> 'Sizes':
+    """Of both."""
+    return Sizes(*map(max, self, other))
+
+
 class Encoded(NamedTuple):
-  """ids = `bos` ids, then `prompt` ids that may be cut, then the rest."""
+  """ids = `bos` ids, then `prompt` ids that may be cut, then the rest.
+
+  Of choices it is all their sequences, see sequences.py, and has their sizes.
+  """
 
   ids: list[int]
   labels: list[int]
@@ -27,6 +52,7 @@ class Encoded(NamedTuple):
   truncated: bool = False
   cut_off: bool = False
   merged: bool = False
+  sizes: Sizes = Sizes()
 
 
 def in_parts(rows: Iterable[Row], most: int = _PART) -> Iterator[list[Row]]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PLACES = 5
 _KINDS = 8
@@ -24,6 +24,22 @@ class RowError(ValueError):
     super().__init__(reason)
     self.reason = reason
     self.detail = detail
+
+
+def check_text(what: str, value: Any) -> None:
+  """Refuses what a tokenizer can't read.
+
+  Raises:
+    RowError: not a string, or one that is no text.
+  """
+  if not isinstance(value, str):
+    kind = 'null' if value is None else type(value).__name__
+    raise RowError(f'{what} is {kind}, not a string')
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:
+    # JSON can spell half of a surrogate pair; no tokenizer can read it.
+    raise RowError(f'{what} holds a lone surrogate') from error
 
 
 class Problems:

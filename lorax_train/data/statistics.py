@@ -6,6 +6,7 @@ in memory besides the set itself.
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -87,6 +88,15 @@ def without_end(
     c.rows[~np.isin(c.last_label(), ends)] for c in chunks(tokenized, rows)
   ]
   return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def majority(tokenized: RowSet, rows: np.ndarray) -> float:
+  """The share of the rows that learn what most learn: an accuracy to beat."""
+  learned: Counter[bytes] = Counter()
+  for i in rows:
+    labels = tokenized.labels[i]
+    learned[labels[labels != NO_LOSS].tobytes()] += 1
+  return max(learned.values()) / len(rows)
 
 
 class Repeats(NamedTuple):

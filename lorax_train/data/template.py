@@ -9,6 +9,7 @@ A template is one of TEMPLATES, a format string or a function of the user's:
     'alpaca'
     'chat'                              conversations: see chat.py
     'Q: {question}\nA:{|} {answer}'     learned from {|} on
+    '{text} It was{|} {label:0=bad,1=good}'         texts to choose from
     'mypackage.mymodule:render'         {...} -> {'prompt': ..., 'completion': ...}
 """
 
@@ -17,16 +18,26 @@ import difflib
 import importlib
 import os
 import re
-import string
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lorax_train.data import mistral_chat
+from lorax_train.data import choices, mistral_chat
+from lorax_train.data.choices import Choices
 from lorax_train.data.conversation import SHAREGPT
-from lorax_train.data.problems import RowError, one_line, shorten
+from lorax_train.data.format_string import (
+  EXAMPLE,
+  Example,
+  Render,
+  column,
+  formatted,
+  n_choices,
+  raw,
+  unusable,
+)
+from lorax_train.data.problems import RowError, check_text, one_line, shorten
 from lorax_train.errors import DataError
 
 # Rows that hold `input_ids` (and `labels`) have nothing to render:
@@ -36,17 +47,7 @@ TOKENS = 'tokens'
 # What reads rows of messages: chat.py makes ids of them.
 CONVERSATIONS = ('chat', SHAREGPT, *mistral_chat.FORMATS)
 
-# In a format string: where the prompt ends and what is learned begins.
-LEARN = '|'
-
 _FUNCTION = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*')
-
-
-class Example(NamedTuple):
-  """What the model reads, and what it learns to write."""
-
-  prompt: str
-  completion: str
 
 
 def alpaca(fields: Mapping[str, Any]) -> Example:
@@ -54,7 +55,7 @@ def alpaca(fields: Mapping[str, Any]) -> Example:
 
   No newline after `### Response:`: the completion is glued on, as there.
   """
-  instruction = _column(fields, 'instruction')
+  instruction = column(fields, 'instruction')
   context = _optional(fields, 'input')
   if context:
     prompt = (
@@ -70,7 +71,7 @@ def alpaca(fields: Mapping[str, Any]) -> Example:
       ' appropriately completes the request.\n\n'
       f'### Instruction:\n{instruction}\n\n### Response:'
     )
-  return Example(prompt, _column(fields, 'output'))
+  return Example(prompt, column(fields, 'output'))
 
 
 def uno_reverse(fields: Mapping[str, Any]) -> Example:
@@ -78,9 +79,9 @@ def uno_reverse(fields: Mapping[str, Any]) -> Example:
   prompt = (
     '### Instruction:\nUse the provided input to create an instruction that'
     ' could have been used to generate the response with an LLM.\n\n'
-    f'### Input:\n{_column(fields, "output")}\n\n### Response:\n'
+    f'### Input:\n{column(fields, "output")}\n\n### Response:\n'
   )
-  instruction = _column(fields, 'instruction')
+  instruction = column(fields, 'instruction')
   context = _optional(fields, 'input')
   return Example(
     prompt, f'{instruction}\n\n{context}' if context else instruction
@@ -89,21 +90,28 @@ def uno_reverse(fields: Mapping[str, Any]) -> Example:
 
 def text(fields: Mapping[str, Any]) -> Example:
   """Plain text, all of it learned."""
-  return Example('', _column(fields, 'text'))
+  return Example('', column(fields, 'text'))
 
 
 def prompt_completion(fields: Mapping[str, Any]) -> Example:
   """Columns that already are a prompt and its completion."""
-  return Example(_column(fields, 'prompt'), _column(fields, 'completion'))
+  return Example(column(fields, 'prompt'), column(fields, 'completion'))
 
 
-Render = Callable[[Mapping[str, Any]], Example]
+def choice(fields: Mapping[str, Any]) -> Choices:
+  """A prompt, texts of which one follows it, and which: `answer`."""
+  prompt = column(fields, 'prompt')
+  return choices.checked(
+    prompt, *(raw(fields, name) for name in ('choices', 'answer'))
+  )
+
 
 TEMPLATES: dict[str, Render] = {
   'alpaca': alpaca,
   'uno_reverse': uno_reverse,
   'text': text,
   'prompt_completion': prompt_completion,
+  'choice': choice,
 }
 
 # Every name that `data.template` knows.
@@ -130,7 +138,7 @@ def template_named(name: str) -> Render:
   guess = f'did you mean {near[0]!r}? ' if near else ''
   raise DataError(
     f'data.template={shorten(repr(name))}: no such template; {guess}known:'
-    f' {", ".join(KNOWN)}, a format string such as {_EXAMPLE}, or'
+    f' {", ".join(KNOWN)}, a format string such as {EXAMPLE}, or'
     ' module:function'
   )
 
@@ -140,83 +148,34 @@ def is_function(name: str) -> bool:
   return ':' in name and not ('{' in name or '}' in name)
 
 
-_EXAMPLE = "'Q: {question} A:{|} {answer}'"
+def count_of(name: str) -> int | None:
+  """How many choices a row has by its template; None where rows tell.
 
+  Of a function of the user's nobody knows, and it is taken to give none.
 
-def formatted(template: str) -> Render:
-  """A format string over the columns of a row as a template.
-
-  `{name}` is the text of that column, as it stands; `{{` and `}}` are braces.
-  `{|}` stands once: what is before it is the prompt, what is after it is
-  learned. There are no conversions, specs, attributes or indices: what is
-  between the braces is the name of a column, to the letter.
-
-  >>> formatted('{{{q}}} ={|} {a}')({'q': '1+1', 'a': '2'})
-  Example(prompt='{1+1} =', completion=' 2')
-
-  Raises:
-    DataError: braces that don't match, a format spec, no {|} or several.
+  >>> count_of('{text} It was{|} {label:0=bad,1=good}'), count_of('alpaca')
+  (2, 0)
   """
-  halves = _halves(template)
-
-  def render(fields: Mapping[str, Any]) -> Example:
-    return Example(*(_filled(half, fields) for half in halves))
-
-  return render
-
-
-# Text as it stands, and the name of the column after it, if any.
-_Pieces = list[tuple[str, str | None]]
-
-
-def _halves(template: str) -> list[_Pieces]:
-  halves: list[_Pieces] = [[]]
-  try:
-    for literal, name, spec, conversion in string.Formatter().parse(template):
-      if spec or conversion:
-        sign = f':{spec}' if spec else f'!{conversion}'
-        raise ValueError(
-          f'{sign!r} behind column {name!r}; only the name may stand there'
-        )
-      if name == '':
-        raise ValueError('{} names no column; a brace itself is written twice')
-      halves[-1].append((literal, None if name == LEARN else name))
-      if name == LEARN:
-        halves.append([])
-  except ValueError as error:
-    raise _unusable(template, shorten(str(error), 120)) from None
-  if len(halves) != 2:
-    n = f'{len(halves) - 1} times' if len(halves) > 1 else 'nowhere'
-    raise _unusable(
-      template,
-      f'{{|}} stands {n}; put it once, where what is learned begins:'
-      f' {_EXAMPLE}',
-    )
-  if not any(name for _, name in halves[1]):
-    raise _unusable(template, 'there is no column after {|}, to be learned')
-  return halves
-
-
-def _filled(pieces: _Pieces, fields: Mapping[str, Any]) -> str:
-  return ''.join(
-    literal if name is None else literal + _column(fields, name)
-    for literal, name in pieces
-  )
+  if name == 'choice':
+    return None
+  if name in KNOWN or is_function(name):
+    return 0
+  return n_choices(name)
 
 
 def imported(name: str) -> Render:
   """A function `module:function` of the user's as a template.
 
   It is given a row, a dict of its own to do with as it likes, and returns
-  {'prompt': str, 'completion': str} or the two as a pair. The module is looked
-  for in the working directory first. Whatever it raises is told with its name
-  as a row that does not fit.
+  {'prompt': str, 'completion': str} or the two as a pair, or a dict of what
+  the template `choice` reads. The module is looked for in the working directory
+  first. Whatever it raises is told with its name as a row that does not fit.
 
   Raises:
     DataError: there is no such function, or importing its module fails.
   """
   if not _FUNCTION.fullmatch(name):
-    raise _unusable(name, 'not module:function; give it like my.module:render')
+    raise unusable(name, 'not module:function; give it like my.module:render')
   module_name, _, function_name = name.partition(':')
   module = _module(name, module_name)
   function = getattr(module, function_name, None)
@@ -224,11 +183,11 @@ def imported(name: str) -> Render:
     known = [n for n, value in vars(module).items() if callable(value)]
     near = difflib.get_close_matches(function_name, known, n=1)
     guess = f', did you mean {near[0]}?' if near else ''
-    raise _unusable(
+    raise unusable(
       name, f'{module_name} has no function {function_name}{guess}'
     )
 
-  def render(fields: Mapping[str, Any]) -> Example:
+  def render(fields: Mapping[str, Any]) -> Example | Choices:
     try:
       answer = function(copy.deepcopy(dict(fields)))
     except (Exception, SystemExit) as error:
@@ -252,7 +211,7 @@ def _module(name: str, module_name: str) -> Any:
       cause = f'no module {missing}, neither in {here} nor installed'
     else:
       cause = f'importing {module_name}: {type(error).__name__} {_told(error)}'
-    raise _unusable(name, cause.rstrip()) from error
+    raise unusable(name, cause.rstrip()) from error
   finally:
     if here in sys.path:
       sys.path.remove(here)
@@ -273,9 +232,12 @@ def _told(error: BaseException) -> str:
   return f'{message} {place}'.lstrip()
 
 
-def _example(name: str, answer: Any) -> Example:
+def _example(name: str, answer: Any) -> Example | Choices:
   wanted = 'prompt and completion'
   if isinstance(answer, Mapping):
+    if set(answer) == set(Choices._fields):
+      check_text(f'the prompt that {name} gave', answer['prompt'])
+      return choices.checked(**answer)
     if set(answer) != {'prompt', 'completion'}:
       keys = ', '.join(map(repr, answer)) or 'none'
       raise RowError(
@@ -288,34 +250,10 @@ def _example(name: str, answer: Any) -> Example:
   if len(answer) != 2:
     raise RowError(f'{name} gave {len(answer)} values, not {wanted}')
   for what, value in zip(('prompt', 'completion'), answer, strict=True):
-    _check_text(f'the {what} that {name} gave', value)
+    check_text(f'the {what} that {name} gave', value)
   return Example(*answer)
-
-
-def _unusable(name: str, cause: str) -> DataError:
-  return DataError(f'data.template={shorten(repr(name))}: {cause}')
-
-
-def _column(fields: Mapping[str, Any], name: str) -> str:
-  if name not in fields:
-    columns = ', '.join(map(repr, fields))
-    raise RowError(f'no column {name!r}', shorten(f'columns: {columns}', 120))
-  value = fields[name]
-  _check_text(f'column {name!r}', value)
-  return value
-
-
-def _check_text(what: str, value: Any) -> None:
-  if not isinstance(value, str):
-    kind = 'null' if value is None else type(value).__name__
-    raise RowError(f'{what} is {kind}, not a string')
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    # JSON can spell half of a surrogate pair; no tokenizer can read it.
-    raise RowError(f'{what} holds a lone surrogate') from error
 
 
 def _optional(fields: Mapping[str, Any], name: str) -> str:
   # Arrow, and so the hub, turns a value that was not there into null.
-  return '' if fields.get(name) is None else _column(fields, name)
+  return '' if fields.get(name) is None else column(fields, name)

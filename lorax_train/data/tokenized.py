@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from lorax_train.data import sequences
 from lorax_train.data.chat import contents
 from lorax_train.data.columns import Ragged, Texts, Writer
-from lorax_train.data.encode import encode_rows
-from lorax_train.data.encoded import NO_LOSS, Drop, Encoded, caught
+from lorax_train.data.encode import encode_rows, wholes
+from lorax_train.data.encoded import (
+  NO_LOSS,
+  Drop,
+  Encoded,
+  Sizes,
+  TooLong,
+  caught,
+)
 from lorax_train.data.problems import (
   PLACES,
   Problem,
@@ -23,6 +31,7 @@ from lorax_train.data.problems import (
   describe,
 )
 from lorax_train.data.rows import Row
+from lorax_train.data.sequences import EncodedChoices
 from lorax_train.data.template import CONVERSATIONS, TOKENS, template_named
 from lorax_train.errors import ConfigError, DataError
 
@@ -49,8 +58,11 @@ class Report:
       completion, and is learned.
     tokens: all tokens of the kept rows.
     target_tokens: those that the loss is on.
-    longest: tokens of the longest kept row.
+    longest: tokens of the longest kept row; of choices, of the longest one with
+      its prompt.
     dropped_at: first places of the rows that were dropped, by reason.
+    choices: how many the row has that has most; 0 of rows without.
+    longest_choice: tokens of the longest, its prompt not counted.
   """
 
   rows_read: int
@@ -63,6 +75,13 @@ class Report:
   target_tokens: int
   longest: int
   dropped_at: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+  choices: int = 0
+  longest_choice: int = 0
+
+  @property
+  def sizes(self) -> Sizes:
+    """Of rows of choices."""
+    return Sizes(self.choices, self.longest, self.longest_choice)
 
   def __add__(self, other: 'Report') -> 'Report':
     """Of the rows of both, these first."""
@@ -76,6 +95,8 @@ class Report:
       **added
       | {
         'longest': max(self.longest, other.longest),
+        'choices': max(self.choices, other.choices),
+        'longest_choice': max(self.longest_choice, other.longest_choice),
         'dropped': dict(Counter(self.dropped) + Counter(other.dropped)),
         'dropped_at': {
           reason: [
@@ -94,6 +115,9 @@ class Report:
       f'{self.tokens:,} tokens ({self.target_tokens:,} to learn)',
       f'longest row {self.longest:,}',
     ]
+    if self.choices:
+      parts[1] = f'{self.tokens:,} tokens ({self.target_tokens:,} of choices)'
+      parts.append(f'{self.choices} choices a row at most')
     if self.dropped:
       parts.append(f'dropped {counted(Counter(self.dropped))}')
     if self.truncated:
@@ -189,7 +213,10 @@ def tokenize_rows(
       try:
         if isinstance(result, RowError):
           raise result
-        kept = _fit(result, max_length, truncation)
+        if isinstance(result, EncodedChoices):
+          kept = sequences.fitted(result, max_length, truncation)
+        else:
+          kept = _fit(result, max_length, truncation)
       except RowError as error:
         totals.leave_out(row, error)
       else:
@@ -204,10 +231,6 @@ def tokenize_rows(
   return TokenizedSet(*columns, totals.report(), writer.fingerprint)
 
 
-class _TooLong(Drop):
-  """A row that `truncation` does not cut."""
-
-
 class _Totals:
   """What becomes of the rows, while they go by."""
 
@@ -215,6 +238,7 @@ class _Totals:
     self.n: Counter[str] = Counter()
     self._bad, self._dropped, self._too_long = (Problems() for _ in range(3))
     self._longest = 0
+    self._sizes = Sizes()
 
   def keep(self, row: Encoded) -> None:
     n = self.n
@@ -224,12 +248,14 @@ class _Totals:
     n['truncated'] += row.truncated
     n['cut_off'] += row.cut_off
     n['merged'] += row.merged
-    self._longest = max(self._longest, len(row.ids))
+    n['with_choices'] += row.sizes.choices > 0
+    self._sizes = self._sizes.most(row.sizes)
+    self._longest = max(self._longest, row.sizes.length or len(row.ids))
 
   def leave_out(self, row: Row, error: RowError) -> None:
     problem = Problem(row.where, error.reason, error.detail)
     (self._dropped if isinstance(error, Drop) else self._bad).add(problem)
-    if isinstance(error, _TooLong):
+    if isinstance(error, TooLong):
       self._too_long.add(problem)
 
   def check(self, truncation: str, on_bad_row: str) -> None:
@@ -243,6 +269,11 @@ class _Totals:
       raise DataError(
         f'over-long rows: {describe(self._too_long)}; raise --config.data.max_length,'
         ' or set --config.data.truncation=drop'
+      )
+    if self.n['with_choices'] not in (0, self.n['rows']):
+      raise DataError(
+        f'{self.n["with_choices"]} of {self.n["rows"]} rows have choices: a'
+        ' template gives them to all rows or to none'
       )
     if not self.n['rows']:
       gone = describe(self._bad + self._dropped) if self.n['read'] else '0 rows'
@@ -261,6 +292,8 @@ class _Totals:
       target_tokens=n['targets'],
       longest=self._longest,
       dropped_at=gone.places,
+      choices=self._sizes.choices,
+      longest_choice=self._sizes.choice,
     )
 
 
@@ -276,9 +309,7 @@ def rendered_texts(rows: Sequence[Row], template: str, limit: int) -> list[str]:
     return [text for f in found if not isinstance(f, RowError) for text in f]
   render = template_named(template)
   results = (caught(render, row.fields) for row in rows[:limit])
-  return [
-    r.prompt + r.completion for r in results if not isinstance(r, RowError)
-  ]
+  return [t for r in results if not isinstance(r, RowError) for t in wholes(r)]
 
 
 def check_ids(tokenized: TokenizedSet, rows_in_embedding: int) -> None:
@@ -329,7 +360,7 @@ def _fit(row: Encoded, max_length: int, truncation: str) -> Encoded:
     )
   elif over > 0:
     if truncation != 'left':
-      raise _TooLong(
+      raise TooLong(
         f'longer than {max_length} tokens', f'{len(row.ids)} tokens'
       )
     if over > row.prompt:

@@ -6,6 +6,7 @@ a GPU's never does: there the bytes are compared with the card.
 """
 
 import importlib.util
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -205,7 +206,8 @@ def _weight_gradients(
   text: str, given: shapes.Shapes, mesh: jax.sharding.Mesh
 ) -> set[tuple[int, ...]] | None:
   ids = given.batch['ids']
-  rows, length = ids.sharding.shard_shape(ids.shape)[1:]
+  *rows_of, length = ids.sharding.shard_shape(ids.shape)[1:]
+  rows = math.prod(rows_of)
   wanted = {
     leaf.shape[-2:]
     for leaf in quantised.weights(given.frozen)

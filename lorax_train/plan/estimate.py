@@ -102,7 +102,7 @@ def estimate(
     made['logits'] = max(0, made['logits'] + rest)
     rest = peak - sum(made.values())
   made['temporary'] = max(0, rest)
-  tokens = cfg.train.grad_accum * cfg.train.batch_size * length
+  tokens = math.prod(whole.batch['ids'].shape)
   return Estimate(
     given,
     made,

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
+from lorax_train.data import sequences, template
+from lorax_train.data.encoded import Sizes
 from lorax_train.errors import ConfigError
 from lorax_train.models.attention import Kernel
 from lorax_train.models.params import DecoderConfig
@@ -22,6 +25,9 @@ from lorax_train.train.step import TrainState
 Tree = Any
 Mesh = Any  # of devices, or an AbstractMesh of their number
 
+# Of rows that nobody has read: how many choices each has, of how many tokens.
+_CHOICES, _CHOICE_TOKENS = 4, 8
+
 
 class Shapes(NamedTuple):
   """What a step is given, as shapes with where they lie.
@@ -30,7 +36,7 @@ class Shapes(NamedTuple):
     model_cfg: the model as the run sees it.
     frozen: the base.
     state: adapters, what is trained whole, the optimizer's.
-    batch: of a step, [micro-batches, rows, tokens] each.
+    batch: of a step, [micro-batches, rows, ...] each.
   """
 
   model_cfg: DecoderConfig
@@ -54,14 +60,32 @@ def shapes_of(
   tx = optim.make_optimizer(setup.optim_config(cfg))
   state = state_lib.abstract_state(tx, frozen, trainable, mesh)
   names = ['ids', 'labels', *(['segments', 'positions'] * cfg.data.packing)]
-  of_batch = jax.ShapeDtypeStruct(
-    (cfg.train.grad_accum, cfg.train.batch_size, length),
-    np.int32,
-    sharding=parallel.batch_sharding(mesh, axis=1),
-  )
-  return Shapes(
-    adapters.model_cfg, frozen, state, dict.fromkeys(names, of_batch)
-  )
+  of_row: dict[str, tuple[int, ...]] = dict.fromkeys(names, (length,))
+  n_choices = choices_of(cfg)
+  if n_choices:
+    sizes = Sizes(n_choices, length, min(length, _CHOICE_TOKENS))
+    of_row = sequences.shapes(sizes, length)
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (cfg.train.grad_accum, cfg.train.batch_size, *own),
+      np.int32,
+      sharding=parallel.batch_sharding(mesh, axis=1),
+    )
+    for name, own in of_row.items()
+  }
+  return Shapes(adapters.model_cfg, frozen, state, batch)
+
+
+def choices_of(cfg: TrainConfig) -> int:
+  """Sequences that a row is, if its choices are compared; 0 if it is one.
+
+  What the rows alone tell is taken to be four, and of what a function gives none.
+  """
+  if cfg.train.loss == 'tokens':
+    return 0
+  names = [source.template for source in config_lib.sources(cfg.data)]
+  counts = (template.count_of(name) for name in names)
+  return max(_CHOICES if n is None else n for n in counts)
 
 
 def traced(cfg: TrainConfig, shapes: Shapes, mesh: Mesh, kernel: Kernel) -> Any:

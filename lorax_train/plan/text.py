@@ -5,7 +5,7 @@ from typing import Any
 from lorax_train import lora
 from lorax_train.hardware import GIB
 from lorax_train.models import params as params_lib
-from lorax_train.plan import hlo
+from lorax_train.plan import hlo, shapes
 from lorax_train.plan.compiled import Compiled
 from lorax_train.plan.estimate import (
   ERROR,
@@ -62,6 +62,7 @@ def facts(
       'grad_accum': case.cfg.train.grad_accum,
       'batch_size': case.cfg.train.batch_size,
       'length': case.length,
+      'choices': shapes.choices_of(case.cfg),
       'tokens': found.tokens,
       'remat': case.cfg.model.remat,
     },
@@ -151,9 +152,10 @@ def _model(of: dict[str, Any]) -> str:
 
 def _step(of: dict[str, Any]) -> str:
   s = of['step']
+  each = f'{s["choices"]} x ' if s['choices'] else ''
   return _row(
     'step',
-    f'{s["grad_accum"]:,} x {s["batch_size"]:,} rows of {s["length"]:,} tokens:'
+    f'{s["grad_accum"]:,} x {s["batch_size"]:,} rows of {each}{s["length"]:,} tokens:'
     f' {s["tokens"]:,}, padding included; remat {s["remat"]}',
   )
 

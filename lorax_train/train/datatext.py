@@ -19,12 +19,19 @@ def text(facts: Facts, colour: bool = False) -> str:
 
 def _example_text(example: Facts, colour: bool) -> str:
   end = 'EOS learned' if example['end_learned'] else 'EOS NOT LEARNED'
+  end = f'{len(example["others"]) + 1} choices' if example['others'] else end
   head = (
     f'{_inline(example["where"])}  {example["tokens"]:,} tokens,'
     f' {example["learned_tokens"]:,} learned, {end}'
   )
-  runs = [preview.Run(**run) for run in example['runs']]
-  return f'{head}\n{preview.shown(runs, colour)}'
+  lines = [head]
+  for begin, runs in [
+    ('  ', example['runs']),
+    *(('  or: ', other) for other in example['others']),
+  ]:
+    row = [preview.Run(**run) for run in runs]
+    lines.append(preview.shown(row, colour, begin))
+  return '\n'.join(lines)
 
 
 def _bars(lengths: Facts) -> str:
@@ -72,12 +79,9 @@ def _summary(facts: Facts) -> str:
       f'{lengths["shortest"]:,} to {lengths["longest"]:,}, mean'
       f' {lengths["mean"]:,.1f}; {percentiles}'
     ),
-    **_padding_text(facts['padding']),
-    'EOS': (
-      f'learned in {ends["learned"]:,} of {rows["train"]:,} rows'
-      f' ({_percent(ends["share"])})'
-      + _but(rows['train'] - ends['learned'], ends['missing'])
-    ),
+    **_padding_text(facts['padding'], packs=not facts['choices']),
+    **(_choices_text(facts['choices']) if facts['choices'] else {}),
+    **(_ends_text(ends, rows['train']) if ends else {}),
     'boundary': (
       f'{facts["merged_boundary"]:,} rows with a token across prompt and'
       ' completion'
@@ -108,7 +112,25 @@ def _source_text(source: Facts) -> str:
   return text
 
 
-def _padding_text(padding: Facts) -> dict[str, str]:
+def _ends_text(ends: Facts, n_rows: int) -> dict[str, str]:
+  but = _but(n_rows - ends['learned'], ends['missing'])
+  share = _percent(ends['share'])
+  return {
+    'EOS': f'learned in {ends["learned"]:,} of {n_rows:,} rows ({share}){but}'
+  }
+
+
+def _choices_text(choices: Facts) -> dict[str, str]:
+  return {
+    'choices': (
+      f'{choices["most"]:,} a row at most, {choices["longest"]:,} tokens at most;'
+      f' the commonest right one is that of {_percent(choices["majority"])} of the'
+      ' rows'
+    )
+  }
+
+
+def _padding_text(padding: Facts, packs: bool) -> dict[str, str]:
   plain, packed = padding['plain'], padding['packed']
   of_rows = (
     f'{_percent(plain["share"])} with rows filled up to {plain["length"]:,}'
@@ -126,6 +148,8 @@ def _padding_text(padding: Facts) -> dict[str, str]:
     return {'padding': of_buckets, 'in one': f'it would be {of_rows}'}
   if padding['packing']:
     return {'padding': of_packs, 'unpacked': f'it would be {of_rows}'}
+  if not packs:
+    return {'padding': of_rows}
   return {
     'padding': of_rows,
     'packing': f'data.packing would make {of_packs}',

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorax_train.config import TrainConfig
-from lorax_train.data import packing, preview, statistics
+from lorax_train.data import packing, preview, sequences, statistics
 from lorax_train.data.joined import RowSet
 from lorax_train.data.statistics import Repeats
 from lorax_train.data.tokenize import Tokenizer
@@ -48,20 +48,23 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
     rows {read, kept, train, held_out}: of data; held_out is of eval_data where
       there is one;
     dropped [{reason, rows, first}], truncated, cut_off, merged_boundary: of data;
-    tokens, learned_tokens, and all that follows: of the rows to train on;
+    tokens, learned_tokens, and all that follows: of the rows to train on, and of
+    choices of the right one alone;
+    choices {most, longest, majority}: how many a row has, tokens of one, and the
+    share of the rows with the commonest right one; None of rows without;
     lengths {shortest, mean, longest, quantiles {per cent: tokens}, bins [{from,
       to, rows}]};
     padding {packing, plain {rows, length, share}, packed {packs, length,
       share}, buckets {lengths, share} or None}: shares from 0 to 1;
     ends {ids, learned, share, missing}: rows that learn to end, and the first
-      places of those that do not;
+      places of those that do not; None of choices;
     duplicates {rows, first [[place, earlier place]]};
     leaks {rows, first [[held-out place, training place]]};
     run {steps, batch, epochs}, a batch in rows or packs; None without a run,
       and so are epochs of several sources;
     sources [{path, template, weight, read, kept, epochs}];
     examples [{where, tokens, learned_tokens, end_learned, ids, labels, pieces,
-      runs [{text, learned, piece}]}].
+      runs [{text, learned, piece}], others: runs of each wrong choice}].
 
   Raises:
     UserError: what stops a run at the same point.
@@ -71,15 +74,17 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
   model_dir = find.find_model(cfg.model.path, weights=False)
   rows = setup.read_rows(cfg, model_dir, hf_config.read_config(model_dir))
   train_set, train_rows, report = (
-    rows.train_set,
+    rows.learned_set,
     rows.train_rows,
     rows.train_set.report,
   )
   lengths = np.asarray(train_set.lengths)[train_rows]
   ends = end_ids(model_dir, rows.tokenizer)
   open_rows = statistics.without_end(train_set, train_rows, ends)
-  again = statistics.duplicates(train_set, train_rows)
-  seen = statistics.leaks(train_set, train_rows, rows.eval_set, rows.eval_rows)
+  again = statistics.duplicates(rows.train_set, train_rows)
+  seen = statistics.leaks(
+    rows.train_set, train_rows, rows.eval_set, rows.eval_rows
+  )
   learned = statistics.learned(train_set, train_rows)
   return {
     'model': cfg.model.path,
@@ -114,8 +119,11 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
         for begin, end, n in statistics.histogram(lengths)
       ],
     },
+    'choices': _choices(rows),
     'padding': _padding(cfg, rows, lengths),
-    'ends': {
+    'ends': None
+    if rows.sizes.choices
+    else {
       'ids': ends,
       'learned': len(train_rows) - len(open_rows),
       'share': 1 - len(open_rows) / len(train_rows),
@@ -212,6 +220,16 @@ def _padding(cfg: TrainConfig, rows: Rows, lengths: np.ndarray) -> Facts:
   }
 
 
+def _choices(rows: Rows) -> Facts | None:
+  if not rows.sizes.choices:
+    return None
+  return {
+    'most': rows.sizes.choices,
+    'longest': rows.sizes.choice,
+    'majority': statistics.majority(rows.learned_set, rows.train_rows),
+  }
+
+
 def _run(cfg: TrainConfig, rows: Rows) -> Facts:
   batch = cfg.train.batch_size * cfg.train.grad_accum
   of_sources = epochs(cfg, rows)
@@ -235,16 +253,22 @@ def _sources(cfg: TrainConfig, rows: Rows, a_run: bool) -> list[Facts]:
 
 
 def _example(rows: Rows, i: int, ends: Sequence[int]) -> Facts:
-  ids, labels = rows.train_set.ids[i], rows.train_set.labels[i]
+  shown = rows.learned_set
+  ids, labels = shown.ids[i], shown.labels[i]
   one = np.array([i])
   tokenizer = rows.tokenizer
+  others = []
+  if rows.sizes.choices:
+    every = sequences.split(rows.train_set.ids[i], rows.train_set.labels[i])
+    others = [preview.runs(*other, tokenizer)[-1:] for other in every[1:]]
   return {
     'where': rows.train_set.where[i],
     'tokens': len(ids),
-    'learned_tokens': int(statistics.learned(rows.train_set, one)[0]),
-    'end_learned': not len(statistics.without_end(rows.train_set, one, ends)),
+    'learned_tokens': int(statistics.learned(shown, one)[0]),
+    'end_learned': not len(statistics.without_end(shown, one, ends)),
     'ids': ids.tolist(),
     'labels': labels.tolist(),
     'pieces': [tokenizer.piece(t) for t in ids.tolist()] if tokenizer else None,
     'runs': [run._asdict() for run in preview.runs(ids, labels, tokenizer)],
+    'others': [[run._asdict() for run in other] for other in others],
   }

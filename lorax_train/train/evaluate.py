@@ -4,6 +4,7 @@ The base model is the run's own program with scales of zero, so both losses
 come from one compilation.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import batches
 from lorax_train.data.encoded import NO_LOSS
 from lorax_train.errors import (
   ConfigError,
@@ -50,29 +50,32 @@ def make_evaluate(
   batch_size: int,
   mesh: jax.sharding.Mesh,
   loss_chunk: int,
-) -> Callable[..., float | None]:
-  """(trainable, frozen) -> mean loss a learned token over the held-out rows.
+) -> Callable[..., dict[str, float]]:
+  """(trainable, frozen) -> what the held-out rows show, by name.
+
+  `loss`, a mean over learned tokens, and of rows of choices `accuracy`, with the
+  loss that the run has: over rows, or over the right choices' tokens.
 
   Args:
     apply: (params, ids) -> logits, or what stands before the head.
     frozen: from `lora.split`; what is taken where none is given.
-    rows: its held-out rows are evaluated; of none, the loss is None.
+    rows: its held-out rows are evaluated; of none, there is no name.
     batch_size: rows of a batch, over all devices.
     mesh: devices.
     loss_chunk: see `losses.next_token_loss_of_states`.
   """
-  eval_step = jax.jit(step_lib.make_eval_step(apply, loss_chunk))
+  eval_step = jax.jit(step_lib.make_eval_step(apply, loss_chunk, rows.compared))
   sharding = parallel.batch_sharding(mesh, axis=0)
 
-  def evaluate(trainable: Tree, frozen: Tree = frozen) -> float | None:
-    total, count = 0.0, 0
-    for batch in batches.eval_batches(
-      rows.eval_set, rows.eval_rows, batch_size, rows.length, rows.pad_id
-    ):
-      micro = {name: batch[name] for name in ('ids', 'labels')}
-      loss, n = eval_step(trainable, frozen, parallel.put(micro, sharding))
-      total, count = total + float(loss), count + int(n)
-    return total / count if count else None
+  def evaluate(trainable: Tree, frozen: Tree = frozen) -> dict[str, float]:
+    totals: dict[str, float] = collections.defaultdict(float)
+    counts: collections.Counter[str] = collections.Counter()
+    for micro in rows.held_out(batch_size):
+      found = eval_step(trainable, frozen, parallel.put(micro, sharding))
+      for name, (total, n) in found.items():
+        totals[name] += float(total)
+        counts[name] += int(n)
+    return {name: totals[name] / n for name, n in counts.items() if n}
 
   return evaluate
 
@@ -243,10 +246,10 @@ def _evaluate(
     )
     base = evaluate(*_switched_off(frozen, trainable, params))
     adapted = evaluate(trainable) if adapters.loaded else None
-  of_base = _of_loss('base', base, cfg.model.dtype)
-  of_adapted = (
-    _of_loss('adapter', adapted, cfg.model.dtype) if adapters.loaded else None
-  )
+  of_base = _report('base', base, rows, cfg.model.dtype)
+  of_adapted = None
+  if adapted is not None:
+    of_adapted = _report('adapter', adapted, rows, cfg.model.dtype)
   return {
     'model': cfg.model.path,
     'adapter': cfg.lora.init_from or None,
@@ -284,17 +287,25 @@ def _switched_off(
   )
 
 
-def _of_loss(what: str, loss: float | None, dtype: str) -> Report:
-  """{'loss', 'perplexity'}; the latter is None past what a float holds."""
+def _report(
+  what: str, found: dict[str, float], rows: Rows, dtype: str
+) -> Report:
+  """{'loss', 'perplexity'}; the latter is None past what a float holds.
+
+  Of choices {'loss', 'accuracy'}, and the former as well if it is a token's.
+  """
+  loss = found.get('loss')
   if loss is None or not math.isfinite(loss):
     raise DivergedError(
       f'the loss of the {what} is {loss} in {dtype}: its weights are damaged, or'
       ' too large for that dtype'
     )
+  if rows.compared:
+    return found
   try:
-    return {'loss': loss, 'perplexity': math.exp(loss)}
+    return {**found, 'perplexity': math.exp(loss)}
   except OverflowError:
-    return {'loss': loss, 'perplexity': None}
+    return {**found, 'perplexity': None}
 
 
 def _change(before: Report, after: Report) -> Report:
@@ -308,6 +319,11 @@ def _change(before: Report, after: Report) -> Report:
 
 
 def _words(values: Report) -> str:
-  perplexity = values['perplexity']
-  known = 'too large' if perplexity is None else f'{perplexity:,.3f}'
-  return f'loss {values["loss"]:.6f}, perplexity {known}'
+  text = f'loss {values["loss"]:.6f}'
+  if 'accuracy' in values:
+    text += f', accuracy {values["accuracy"]:.4f}'
+  if 'perplexity' in values:
+    perplexity = values['perplexity']
+    known = 'too large' if perplexity is None else f'{perplexity:,.3f}'
+    text += f', perplexity {known}'
+  return text

@@ -107,6 +107,7 @@ def run_facts(run_dir: Path) -> Facts:
     'checkpoint': latest and _step(root / str(latest)),
     'losses': _series(lines, 'loss')[-1:],
     'eval_losses': _series(lines, 'eval_loss'),
+    'eval_accuracies': _series(lines, 'eval_accuracy'),
     'adapter': adapter,
   }
 
@@ -161,6 +162,8 @@ def run_text(facts: Facts) -> str:
     'loss': _at(facts['losses']) or 'none yet',
     'held out': _at(facts['eval_losses']) or 'no loss',
   }
+  if facts['eval_accuracies']:
+    lines['accuracy'] = _at(facts['eval_accuracies'])
   if adapter is None:
     lines['adapter'] = 'none yet: give the command of the run again'
   elif 'problem' in adapter:

@@ -195,21 +195,21 @@ def _is_file(path: str) -> bool:
 
 def _make_look(
   run_dir: Path,
-  evaluate: Callable[[Tree], float | None],
+  evaluate: Callable[[Tree], dict[str, float]],
   answer: Callable[[Tree], samples.Texts],
   chosen: Sequence[samples.Sample],
   log: MetricsLog,
   progress: Progress,
 ) -> Callable[[int, Tree], None]:
-  """(step, trainable) -> held-out loss and samples, logged and drawn."""
+  """(step, trainable) -> held-out rows and samples, logged and drawn."""
 
   def look(at: int, trainable: Tree) -> None:
-    loss = evaluate(trainable)
+    found = evaluate(trainable)
     texts = answer(trainable)
     with together.together():
-      if loss is not None:
-        log.write(at, eval_loss=loss)
-        progress.held_out(at, loss)
+      if found:
+        log.write(at, **{f'eval_{name}': v for name, v in found.items()})
+        progress.held_out(at, **found)
       if texts:
         log.write(at, samples=texts)
       if together.first():

@@ -84,6 +84,52 @@ def chunk_of(vocab: int) -> int:
   return max(_LEAST_TOKENS, _MOST_LOGITS // vocab)
 
 
+def log_probs(logits_BKV: jax.Array, ids_BK: jax.Array) -> jax.Array:
+  """Log-likelihoods of tokens [B, K]; of -100 they are anything finite."""
+  # Compared, not looked up: that stays where the vocabulary is cut.
+  vocab = jax.lax.broadcasted_iota(jnp.int32, logits_BKV.shape, 2)
+  hit_BKV = vocab == ids_BK[..., None]
+  own_BK = jnp.sum(jnp.where(hit_BKV, logits_BKV, 0.0), axis=-1)
+  return own_BK - jax.nn.logsumexp(logits_BKV, axis=-1)
+
+
+def log_probs_of_states(
+  x_BKD: jax.Array, w_head: Array, ids_BK: jax.Array, chunk: int = 0
+) -> jax.Array:
+  """`log_probs` of the logits x @ w_head, of which few stand in memory.
+
+  Those of a chunk are made again in the backward pass, unless one is all.
+
+  Args:
+    x_BKD: final hidden states.
+    w_head: see `next_token_loss_of_states`.
+    ids_BK: token ids or -100.
+    chunk: see `next_token_loss_of_states`.
+  """
+  n_rows, n_tokens = ids_BK.shape
+  tokens = chunk or chunk_of(w_head.shape[-1])
+  length = max(1, tokens // _rows_a_device(n_rows))
+  if length >= n_tokens:
+    return log_probs(_logits(x_BKD, w_head), ids_BK)
+  n = -(-n_tokens // length)
+  more = (0, n * length - n_tokens)
+  x_BKD = jnp.pad(x_BKD, ((0, 0), more, (0, 0)))
+  ids_BK = jnp.pad(ids_BK, ((0, 0), more), constant_values=IGNORED)
+  w_head = _gathered(w_head)
+
+  @jax.checkpoint
+  def of_chunk(x_BKD, ids_BK, w_head, at):
+    x_BCD, ids_BC = _chunk(x_BKD, at, length), _chunk(ids_BK, at, length)
+    return log_probs(_logits(x_BCD, w_head), ids_BC)
+
+  _, parts = jax.lax.scan(
+    lambda _, at: (None, of_chunk(x_BKD, ids_BK, w_head, at)),
+    None,
+    jnp.arange(n) * length,
+  )
+  return jnp.concatenate(parts, axis=1)[:, :n_tokens]
+
+
 def _rows_a_device(rows: int) -> int:
   mesh: Any = jax.sharding.get_abstract_mesh()
   ways = 1 if mesh.empty else parallel.batch_ways(mesh)
@@ -130,13 +176,14 @@ def _in_chunks(
   n_tokens = next_BT.shape[1]
   length = -(-n_tokens // n)
   more = (0, n * length - n_tokens)
-  x_BTD = jnp.pad(_taken(x_BTD, order_BT), ((0, 0), more, (0, 0)))
+  x_BTD = jnp.pad(taken(x_BTD, order_BT), ((0, 0), more, (0, 0)))
   next_BT = jnp.take_along_axis(next_BT, order_BT, axis=1)
   next_BT = jnp.pad(next_BT, ((0, 0), more), constant_values=IGNORED)
   return x_BTD, next_BT, order_BT, jnp.arange(n) * length
 
 
-def _taken(x_BTD: jax.Array, at_BT: jax.Array) -> jax.Array:
+def taken(x_BTD: jax.Array, at_BT: jax.Array) -> jax.Array:
+  """What stands at some places of each row, all of them within it."""
   at_BT1 = at_BT[..., None]
   return jnp.take_along_axis(x_BTD, at_BT1, 1, mode='promise_in_bounds')
 
@@ -238,7 +285,7 @@ def _summed_fwd(x: Any, w_head: Any, next_: Any, n_chunks: int) -> tuple:
     [jnp.zeros(values[i].shape, jnp.float32) for i in learned],
   )
   (total, dx_BTD, dw), _ = jax.lax.scan(add, zero, starts)
-  dx_BTD = _taken(dx_BTD, jnp.argsort(order_BT, axis=1))
+  dx_BTD = taken(dx_BTD, jnp.argsort(order_BT, axis=1))
   grads: list[Any] = [None] * len(primals)
   for i, sums in zip(learned, dw, strict=True):
     grads[i] = sums.astype(values[i].dtype)

@@ -113,9 +113,13 @@ class Progress:
     self._out.write(f'{text:<79}{end}' if self._live else text + end)
     self._out.flush()
 
-  def held_out(self, step: int, loss: float) -> None:
-    """The held-out loss, on a line of its own."""
+  def held_out(
+    self, step: int, loss: float, accuracy: float | None = None
+  ) -> None:
+    """What held-out rows show, on a line of its own."""
     text = f'step {step}/{self._steps}  held-out loss {loss:.4f}'
+    if accuracy is not None:
+      text += f'  accuracy {accuracy:.4f}'
     self._out.write(f'{text:<79}\n' if self._live else text + '\n')
     self._out.flush()
 

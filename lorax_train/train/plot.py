@@ -14,7 +14,8 @@ def loss_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
   """Draws the losses in lines of metrics.jsonl.
 
   Args:
-    lines: with `step` and `loss` or `eval_loss`.
+    lines: with `step` and `loss` or `eval_loss`; `eval_accuracy` has an axis of
+      its own.
     path: .png, replaced where it exists.
   """
   import numpy as np
@@ -38,8 +39,14 @@ def loss_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.plot(*held_out, 'o-', color='C1', label='held-out rows')
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_xlabel('step')
-  axes.set_ylabel('loss a learned token')
+  accuracy = series(lines, 'eval_accuracy')
+  axes.set_ylabel('loss' if accuracy[0] else 'loss a learned token')
   axes.grid(alpha=0.3)
+  if accuracy[0]:
+    right = axes.twinx()
+    right.plot(*accuracy, 's--', color='C2')
+    right.set_ylabel('accuracy on held-out rows', color='C2')
+    right.set_ylim(0, 1)
   if steps or held_out[0]:
     axes.legend()
   path.parent.mkdir(parents=True, exist_ok=True)

@@ -101,13 +101,20 @@ def targets(frozen: Any, names: Mapping[str, Sequence[str]]) -> str:
 
 
 def held_out(lines: Sequence[Mapping[str, Any]]) -> str:
-  """'held-out loss 2.1000 -> 1.4000 (-33.3 %)', from metrics.jsonl."""
-  values = [line['eval_loss'] for line in lines if 'eval_loss' in line]
+  """'held-out loss 2.1000 -> 1.4000 (-33.3 %)', from metrics.jsonl.
+
+  Of choices ', accuracy 0.5000 -> 0.8000' as well.
+  """
+  _, values = plot.series(lines, 'eval_loss')
   if not values:
     return 'no rows held out'
   first, last = values[0], values[-1]
   change = 100 * (last / first - 1)
-  return f'held-out loss {first:.4f} -> {last:.4f} ({change:+.1f} %)'
+  text = f'held-out loss {first:.4f} -> {last:.4f} ({change:+.1f} %)'
+  _, shares = plot.series(lines, 'eval_accuracy')
+  if shares:
+    text += f', accuracy {shares[0]:.4f} -> {shares[-1]:.4f}'
+  return text
 
 
 def end_card(

@@ -10,6 +10,7 @@ import numpy as np
 from lorax_train.data import (
   conversation,
   mistral_chat,
+  sequences,
   soundness,
   statistics,
   tokenized,
@@ -107,12 +108,17 @@ def checks(
     model_cfg: likewise.
     cut_at: length at which the end of a row was cut, so that it has no EOS.
   """
-  sets = [(rows.train_set, rows.train_rows)]
+  sets = [(rows.learned_set, rows.train_rows)]
   if len(rows.eval_rows):
-    sets.append((rows.eval_set, rows.eval_rows))
+    own = rows.eval_set
+    own = sequences.Right(own) if rows.sizes.choices else own
+    sets.append((own, rows.eval_rows))
   yield from _ids(rows, model_cfg)
-  yield from _looked_through(sets, model_dir, rows.tokenizer, cut_at)
-  yield from _unheeded(sets, model_dir, rows.tokenizer)
+  yield from _looked_through(
+    sets, model_dir, rows.tokenizer, cut_at, rows.sizes.choices > 0
+  )
+  if not rows.sizes.choices:
+    yield from _unheeded(sets, model_dir, rows.tokenizer)
   yield from _spelled(rows)
   yield from _repeated(rows)
 
@@ -165,6 +171,7 @@ def _looked_through(
   model_dir: Path,
   tokenizer: Tokenizer | None,
   cut_at: int | None,
+  compared: bool,
 ) -> Iterator[Check]:
   """What `soundness` has to say of the rows to train on and those held out."""
   ends = dataview.end_ids(model_dir, tokenizer)
@@ -192,7 +199,9 @@ def _looked_through(
     return n, f'{n:,} of {total:,} rows ({n / total:.2%}), first {first}'
 
   n, where = told('no_end')
-  if n and not ends:
+  if compared:
+    yield Check('EOS', OK, 'none: choices are compared as they stand')
+  elif n and not ends:
     yield Check('EOS', SKIPPED, 'the model names no EOS that could be learned')
   elif n:
     masked, _ = told('masked_end')

@@ -1,7 +1,6 @@
 """The rows of a run, and its batches on the mesh: a function of the step."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,13 +9,14 @@ import numpy as np
 from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import Source, TrainConfig
-from lorax_train.data import batches, buckets, mixture, packing
+from lorax_train.data import batches, buckets, mixture, packing, sequences
 from lorax_train.data.batches import Walk
 from lorax_train.data.buckets import Buckets
+from lorax_train.data.encoded import Sizes
 from lorax_train.data.joined import Joined, RowSet
 from lorax_train.data.tokenize import Tokenizer
 from lorax_train.data.tokenized import TokenizedSet
-from lorax_train.errors import DataError
+from lorax_train.train import choices, held_out
 
 
 class SourceRows(NamedTuple):
@@ -48,6 +48,8 @@ class Rows(NamedTuple):
     tokens: of each item, int64 [items].
     packs: the rows to train on, packed.
     buckets: the order in batches, where these have more than one length.
+    sizes: the most there is in a row of choices; of rows without, zeros.
+    compared: whether training compares the choices, or learns the right ones.
   """
 
   train_set: RowSet
@@ -61,6 +63,8 @@ class Rows(NamedTuple):
   tokens: np.ndarray
   packs: packing.Packs | None = None
   buckets: Buckets | None = None
+  sizes: Sizes = Sizes()
+  compared: bool = False
 
   @property
   def fingerprint(self) -> str:
@@ -107,20 +111,50 @@ class Rows(NamedTuple):
 
     Returns:
       ids and labels [micro-batches, rows, tokens], of packs also segments and
-      positions. No mask: causal attention never looks at padding on the right.
+      positions; of choices that are compared what `sequences.take` gives, with
+      micro-batches in front. No mask: causal attention never looks at padding on
+      the right.
     """
     items, length = self.items_at(cfg, step)
     return self._read(items[:, own], length)
 
   def _read(self, part_AB: np.ndarray, length: int) -> dict[str, np.ndarray]:
     own = part_AB.ravel()
+    rows = np.where(own < 0, batches.EMPTY, self.train_rows[own])
     if self.packs:
       flat = batches.take_packs(self.train_set, self.packs, own, self.pad_id)
+    elif self.compared:
+      flat = self._choices(self.train_set, rows, length)
     else:
-      rows = np.where(own < 0, batches.EMPTY, self.train_rows[own])
-      flat = batches.take_rows(self.train_set, rows, length, self.pad_id)
-    del flat['mask']
-    return {n: x.reshape(*part_AB.shape, length) for n, x in flat.items()}
+      flat = batches.take_rows(self.learned_set, rows, length, self.pad_id)
+    flat.pop('mask', None)
+    return {n: x.reshape(*part_AB.shape, *x.shape[1:]) for n, x in flat.items()}
+
+  def _choices(
+    self, rows: RowSet, numbers: np.ndarray, length: int
+  ) -> dict[str, np.ndarray]:
+    return sequences.take(rows, numbers, self.sizes, length, self.pad_id)
+
+  @property
+  def learned_set(self) -> RowSet:
+    """train_set, of choices only the right ones."""
+    has_others = self.sizes.choices
+    return sequences.Right(self.train_set) if has_others else self.train_set
+
+  def held_out(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """The held-out rows in batches of one shape.
+
+    Of choices with all of them, and by length as those to train on are.
+    """
+    if self.sizes.choices:
+      for part, length in self._held_out_by_length():
+        for rows in batches.in_batches(part, batch_size):
+          yield self._choices(self.eval_set, rows, length)
+      return
+    for batch in batches.eval_batches(
+      self.eval_set, self.eval_rows, batch_size, self.length, self.pad_id
+    ):
+      yield {name: batch[name] for name in ('ids', 'labels')}
 
   def batch(
     self, cfg: TrainConfig, mesh: jax.sharding.Mesh, step: int
@@ -140,19 +174,32 @@ class Rows(NamedTuple):
     }
     return placed, int(self.tokens[items[items >= 0]].sum())
 
+  def _held_out_by_length(self) -> Iterator[tuple[np.ndarray, int]]:
+    bounds = sorted(
+      {*(self.buckets.bounds if self.buckets else ()), self.length}
+    )
+    lengths = sequences.longest(self.eval_set, self.eval_rows)
+    bucket_of = np.searchsorted(bounds, lengths)
+    for bucket, length in enumerate(bounds):
+      yield self.eval_rows[bucket_of == bucket], length
+
   def shapes(
     self, cfg: TrainConfig, mesh: jax.sharding.Mesh
   ) -> dict[int, dict[str, jax.ShapeDtypeStruct]]:
     """{length: a batch of it, without the numbers}."""
     names = ['ids', 'labels', *(['segments', 'positions'] * bool(self.packs))]
     sharding = parallel.batch_sharding(mesh, axis=1)
-    shape = cfg.train.grad_accum, cfg.train.batch_size
+    batch = cfg.train.grad_accum, cfg.train.batch_size
+
+    def of_row(length: int) -> dict[str, tuple[int, ...]]:
+      if self.compared:
+        return sequences.shapes(self.sizes, length)
+      return dict.fromkeys(names, (length,))
+
     return {
       length: {
-        name: jax.ShapeDtypeStruct(
-          (*shape, length), np.int32, sharding=sharding
-        )
-        for name in names
+        name: jax.ShapeDtypeStruct((*batch, *own), np.int32, sharding=sharding)
+        for name, own in of_row(length).items()
       }
       for length in self.lengths
     }
@@ -173,28 +220,39 @@ def arrange(
     tokenizer: of the run.
 
   Raises:
-    DataError: a source has nothing to train on.
+    DataError: a source has nothing to train on, or choices unlike the others.
+    ConfigError: rows of choices can't be had as the run wants them.
   """
   sources = config_lib.sources(cfg.data)
   weights = [source.weight for source in sources]
+  sizes, compared = choices.sizes_of(
+    [*tokenised, *([eval_set] if eval_set else [])],
+    cfg.train.loss,
+    cfg.data.packing,
+  )
   joined = Joined(tokenised)
   # What a run of a single source has read is the fingerprint of that.
   train_set: RowSet = joined if len(tokenised) > 1 else tokenised[0]
   n_eval = cfg.eval.rows if eval_set is None else 0
-  split = _split(cfg, sources, tokenised, n_eval)
+  split = held_out.split(cfg, sources, tokenised, n_eval)
   of_sources, of_held_out = (
     [start + own for start, own in zip(joined.starts, each, strict=True)]
     for each in zip(*split, strict=True)
   )
   train_rows = np.concatenate(of_sources)
-  held_set, eval_rows = train_set, _in_turn(of_held_out)
+  held_set, eval_rows = train_set, held_out.in_turn(of_held_out)
   if eval_set is not None:
     held_set, eval_rows = eval_set, np.arange(len(eval_set.lengths))
   room, of_eval = (
     batches.row_length(s, cfg.data.max_length) for s in (train_set, held_set)
   )
   tokens, packs = joined.lengths[train_rows], None
-  sizes = [len(rows) for rows in of_sources]
+  lengths = tokens
+  if compared:
+    lengths = sequences.longest(joined, train_rows)
+  elif sizes.choices:
+    tokens = lengths = sequences.Right(joined).lengths[train_rows]
+  n_items = [len(rows) for rows in of_sources]
   if cfg.data.packing:
     of_packs = [
       packing.pack_rows(joined.lengths[rows], cfg.data.max_length, rows)
@@ -203,8 +261,8 @@ def arrange(
     every = [rows for each in of_packs for rows in each.rows]
     packs = packing.Packs(every, cfg.data.max_length, int(tokens.sum()))
     tokens = np.array([joined.lengths[rows].sum() for rows in every])
-    sizes = [len(each.rows) for each in of_packs]
-  walk = _walk(sizes, weights, cfg.train.seed)
+    n_items = [len(each.rows) for each in of_packs]
+  walk = _walk(n_items, weights, cfg.train.seed)
   return Rows(
     train_set,
     train_rows,
@@ -212,11 +270,13 @@ def arrange(
     eval_rows,
     max(room, of_eval),
     tokenizer,
-    tuple(map(SourceRows, sources, tokenised, sizes)),
+    tuple(map(SourceRows, sources, tokenised, n_items)),
     walk,
     tokens,
     packs,
-    _buckets(cfg, walk, tokens, room),
+    _buckets(cfg, walk, lengths, room),
+    sizes,
+    compared,
   )
 
 
@@ -227,81 +287,14 @@ def _walk(sizes: Sequence[int], weights: Sequence[float], seed: int) -> Walk:
 
 
 def _buckets(
-  cfg: TrainConfig, walk: Walk, tokens: np.ndarray, room: int
+  cfg: TrainConfig, walk: Walk, lengths: np.ndarray, room: int
 ) -> Buckets | None:
   wanted = config_lib.buckets(cfg.data)
   if not wanted:
     return None
-  bounds = buckets.bounds_for(tokens, wanted, room)
+  bounds = buckets.bounds_for(lengths, wanted, room)
   global_batch = cfg.train.grad_accum * cfg.train.batch_size
-  return Buckets(walk, tokens, bounds, global_batch, cfg.train.seed)
-
-
-def _split(
-  cfg: TrainConfig,
-  sources: Sequence[Source],
-  tokenised: Sequence[TokenizedSet],
-  n_eval: int,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(rows to train on, rows held out) of each source.
-
-  A row that is held out of one source is not trained on in another template.
-  """
-  parts = mixture.shares([source.weight for source in sources])
-  wanted = mixture.apportion(n_eval, parts, [0] * len(parts))
-  split = []
-  for s, rows in enumerate(tokenised):
-    n_rows = len(rows.lengths)
-    n_held = min(wanted[s], n_rows // 10)
-    split.append(batches.split_held_out(n_rows, n_held, cfg.train.seed, s))
-  shared = _read_twice([source.path for source in sources])
-  gone = {
-    place(rows.where[i])
-    for place, rows, (_, held) in zip(shared, tokenised, split, strict=True)
-    if place
-    for i in held
-  }
-  out = []
-  for source, place, rows, (train, held) in zip(
-    sources, shared, tokenised, split, strict=True
-  ):
-    if place:
-      kept = [i for i in train.tolist() if place(rows.where[i]) not in gone]
-      train = np.array(kept, np.int64)
-    if not len(train):
-      raise DataError(
-        f'{source.path}: each of its rows is held out in another template; lower'
-        f' eval.rows={cfg.eval.rows}, or name a file as --config.data.eval_path'
-      )
-    out.append((train, held))
-  return out
-
-
-def _read_twice(given: Sequence[str]) -> list[Callable[[str], str] | None]:
-  """For each path, what makes of a row's place one however the path is spelt.
-
-  None where no other path holds any of its rows.
-  """
-  real = [Path(path).expanduser().resolve() for path in given]
-
-  def of(n: int) -> Callable[[str], str] | None:
-    # As it stands in places: a file as it was given, or in a directory's Path.
-    said = given[n] if real[n].is_file() else str(Path(given[n]))
-    others = real[:n] + real[n + 1 :]
-    if not any(
-      real[n] == other or real[n] in other.parents or other in real[n].parents
-      for other in others
-    ):
-      return None
-    return lambda where: str(real[n]) + where.removeprefix(said)
-
-  return [of(n) for n in range(len(given))]
-
-
-def _in_turn(parts: Sequence[np.ndarray]) -> np.ndarray:
-  """All numbers, a first of each part, then a second: samples of each."""
-  turns = np.concatenate([np.arange(len(part)) for part in parts])
-  return np.concatenate(parts)[np.argsort(turns, kind='stable')]
+  return Buckets(walk, lengths, bounds, global_batch, cfg.train.seed)
 
 
 def paths(cfg: TrainConfig) -> str:

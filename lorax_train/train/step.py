@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from lorax_train import lora
+from lorax_train.data.sequences import TARGETS
 from lorax_train.models import ops
-from lorax_train.train import neftune
+from lorax_train.train import choices, neftune
 from lorax_train.train.losses import next_token_loss, next_token_loss_of_states
 
 Tree = Any
@@ -53,6 +54,9 @@ def make_loss(
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """loss(trainable, frozen, micro, key) -> (sum, count) of one micro-batch.
 
+  Of a batch of choices (`data.sequences.take`) it is the cross-entropy over
+  their scores, counted in rows; of any other that of the next token.
+
   Args:
     apply: (params, ids) -> logits, or what stands before the head; of packs, by
       positions and segments as well.
@@ -62,18 +66,34 @@ def make_loss(
       there.
   """
 
+  forward = _make_forward(apply, neftune_alpha)
+
   def loss(trainable, frozen, micro, key):
-    params = lora.bind(frozen, trainable, key)
-    if neftune_alpha and key is not None:
-      own = jax.random.fold_in(key, _NEFTUNE)
-      params = neftune.with_noise(params, own, neftune_alpha)
-    packed = {n: micro[n] for n in ('positions', 'segments') if n in micro}
-    out = apply(params, micro['ids'], **packed)
+    out = forward(trainable, frozen, micro, key)
+    if TARGETS in micro:
+      return choices.cross_entropy(choices.likelihoods(out, micro, loss_chunk))
     if isinstance(out, ops.BeforeHead):
       return next_token_loss_of_states(*out, micro['labels'], loss_chunk)
     return next_token_loss(out, micro['labels'])
 
   return loss
+
+
+def _make_forward(
+  apply: Apply, neftune_alpha: float = 0.0
+) -> Callable[..., jax.Array | ops.BeforeHead]:
+  """(trainable, frozen, micro, key) -> what `apply` gives, of all sequences."""
+
+  def forward(trainable, frozen, micro, key):
+    params = lora.bind(frozen, trainable, key)
+    if neftune_alpha and key is not None:
+      own = jax.random.fold_in(key, _NEFTUNE)
+      params = neftune.with_noise(params, own, neftune_alpha)
+    packed = {n: micro[n] for n in ('positions', 'segments') if n in micro}
+    ids = micro['ids']
+    return apply(params, ids.reshape(-1, ids.shape[-1]), **packed)
+
+  return forward
 
 
 def make_train_step(
@@ -86,7 +106,8 @@ def make_train_step(
   """One optimizer step over the micro-batches of a batch.
 
   Losses and gradients are summed over micro-batches and divided once by the
-  number of learned tokens, so how a batch is cut does not change the step.
+  number of learned tokens, or of rows of choices, so how a batch is cut does not
+  change the step.
 
   Args:
     apply: see `make_loss`.
@@ -97,8 +118,8 @@ def make_train_step(
 
   Returns:
     train_step(state, frozen, batch) with batch `ids` and `labels` [A, B, T],
-    of packs also `positions` and `segments`; metrics are `loss`, `grad_norm`
-    (before clipping) and `tokens` (learned).
+    of packs also `positions` and `segments`, or one of choices; metrics are
+    `loss`, `grad_norm` (before clipping) and `tokens` (learned, or rows).
   """
   loss = make_loss(apply, neftune_alpha, loss_chunk)
 
@@ -141,8 +162,28 @@ def make_train_step(
 
 
 def make_eval_step(
-  apply: Apply, loss_chunk: int = 0
-) -> Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]:
-  """eval_step(trainable, frozen, micro [B, T]) -> (summed loss, count)."""
+  apply: Apply, loss_chunk: int = 0, compared: bool = True
+) -> Callable[[Tree, Tree, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+  """eval_step(trainable, frozen, micro) -> {metric: (sum, count)}.
+
+  Args:
+    apply: see `make_loss`.
+    loss_chunk: likewise.
+    compared: of choices, whether the loss is over their scores, or the next
+      token's of the right one.
+
+  Returns:
+    `loss`, and of choices `accuracy` as well.
+  """
   loss = make_loss(apply, loss_chunk=loss_chunk)
-  return lambda trainable, frozen, micro: loss(trainable, frozen, micro, None)
+  forward = _make_forward(apply)
+
+  def eval_step(trainable, frozen, micro):
+    if TARGETS not in micro:
+      return {'loss': loss(trainable, frozen, micro, None)}
+    out = forward(trainable, frozen, micro, None)
+    of = choices.likelihoods(out, micro, loss_chunk)
+    measure = choices.cross_entropy if compared else choices.next_token_loss
+    return {'loss': measure(of), 'accuracy': choices.hits(of)}
+
+  return eval_step

@@ -19,6 +19,7 @@ from lorax_train.errors import DataError
 from .toys import rows_of
 
 ROW = {'q': 'Why {x}?', 'a': 'So.', 'n': 3, 'none': None, 'with space': 'w'}
+BLANK = {'blank': ' w\n'}
 
 
 @pytest.mark.parametrize(
@@ -30,10 +31,11 @@ ROW = {'q': 'Why {x}?', 'a': 'So.', 'n': 3, 'none': None, 'with space': 'w'}
     ('{{"q": "{q}"}}{|}{a}}}', '{"q": "Why {x}?"}', 'So.}'),
     ('p:{|}{q}{q}!\\n', 'p:', 'Why {x}?Why {x}?!\\n'),
     ('{with space}{|}{a}', 'w', 'So.'),
+    ('{blank:strip}{|} {blank:strip}{blank}', 'w', ' w w\n'),
   ],
 )
 def test_format_strings(template, prompt, completion):
-  assert template_named(template)(ROW) == (prompt, completion)
+  assert template_named(template)(ROW | BLANK) == (prompt, completion)
 
 
 NAMES = st.sampled_from(['{q}', '{a}', '{{', '}}', 'x', ' ', '\n', ':', '"'])
@@ -56,8 +58,8 @@ def test_each_half_is_what_format_makes_of_it(before, after):
     ('{q{|}{a}', "unexpected '{' in field name"),
     ('{q}{|}{a', "expected '}' before end of string"),
     ('q}{|}{a}', "Single '}' encountered in format string"),
-    ('{q}{|}{a:>9}', "':>9' behind column 'a'; only the name may stand there"),
-    ('{q!r}{|}{a}', "'!r' behind column 'q'; only the name may stand there"),
+    ('{q}{|}{a:>9}', "':>9' behind column 'a'; only its name may stand there, :strip, or what to choose from, {label:0=bad,1=good}"),
+    ('{q!r}{|}{a}', "'!r' behind column 'q'; only its name may stand there, :strip, or what to choose from, {label:0=bad,1=good}"),
     ('{}{|}{a}', '{} names no column; a brace itself is written twice'),
   ],
 )  # fmt: skip

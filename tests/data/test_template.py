@@ -99,7 +99,7 @@ def test_unknown_name(name, guess):
     template_named(name)
   assert str(caught.value) == (
     f'data.template={name!r}: no such template; {guess}known: alpaca,'
-    ' uno_reverse, text, prompt_completion, chat, sharegpt, mistral_v1,'
+    ' uno_reverse, text, prompt_completion, choice, chat, sharegpt, mistral_v1,'
     " mistral_v3, mistral_v3_tekken, tokens, a format string such as 'Q:"
     " {question} A:{|} {answer}', or module:function"
   )

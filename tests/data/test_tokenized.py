@@ -70,7 +70,8 @@ def test_no_bos_where_the_model_adds_none(tmp_path):
   assert tokenized.report.target_tokens == 2
 
 
-@pytest.mark.parametrize('template', TEMPLATES)
+# What is compared has no EOS.
+@pytest.mark.parametrize('template', sorted(TEMPLATES.keys() - {'choice'}))
 @pytest.mark.parametrize('pad', ['<unk>', '</s>'])
 def test_eos_is_there_and_learned(tmp_path, template, pad):
   folder = write_tokenizer(
@@ -273,6 +274,8 @@ def test_more_rows_than_are_encoded_at_once(abc_dir):
     'tokens': sum(len(text) + 2 for _, text in good),
     'target_tokens': sum(len(text) + 1 for _, text in good),
     'longest': 7,
+    'choices': 0,
+    'longest_choice': 0,
     'dropped_at': {
       'empty completion': [f'a.jsonl:{n}' for n in (1, 8, 15, 22, 29)]
     },

@@ -96,6 +96,7 @@ def test_every_number_of_a_few_rows(weightless, tmp_path, capfd):
         '1': 7, '5': 7, '25': 7, '50': 7, '75': 8, '95': 12, '99': 12
       },
     },
+    'choices': None,
     'padding': {
       'packing': False,
       'plain': {'rows': 4, 'length': 15, 'share': pytest.approx(1 - 34 / 60)},
@@ -133,6 +134,7 @@ def test_every_number_of_a_few_rows(weightless, tmp_path, capfd):
       {'text': 'de', 'learned': True, 'piece': False},
       {'text': '</s>', 'learned': True, 'piece': True},
     ],
+    'others': [],
   }
 
 

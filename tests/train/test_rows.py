@@ -8,13 +8,13 @@ the uninterrupted run.
 import dataclasses
 import hashlib
 import json
-import types
 
 import jax
 import numpy as np
 import pytest
 
 from lorax_train import config, parallel
+from lorax_train.data.tokenized import Report
 from lorax_train.errors import DataError, ResumeError
 from lorax_train.formats import hf_config
 from lorax_train.train import evaluate, inspection, loop, setup
@@ -56,6 +56,9 @@ GOLDEN = {
 }  # fmt: skip
 
 
+NO_REPORT = Report(0, 0, {}, 0, 0, 0, 0, 0, 0)
+
+
 @dataclasses.dataclass
 class Lengths:
   """All that an order may depend on: rows without their tokens."""
@@ -65,6 +68,7 @@ class Lengths:
   fingerprint: str = 'of nothing'
   ids: tuple = ()
   labels: tuple = ()
+  report: Report = NO_REPORT
 
 
 def rows_of(kind, sizes, seed=0):
@@ -460,8 +464,6 @@ def test_the_banner_tells_shares_of_any_weights(monkeypatch):
   )
   monkeypatch.setitem(SIZES, 'four', (100, 100, 100, 100))
   cfg, rows = rows_of('heavy', 'four')
-  report = types.SimpleNamespace(summary=lambda: '')
-  monkeypatch.setattr(Lengths, 'report', report, raising=False)
   monkeypatch.setattr('lorax_train.train.rows.summary', lambda _: '')
   # 500 steps of 32 rows, a quarter of them of each source.
   lines = banner_lines(cfg, rows)['sources'].splitlines()
