@@ -30,7 +30,7 @@ class TrainConfig:
 
   Attributes:
     model: the base model.
-    method: what is trained.
+    method: what is trained: adapters (lora), or every weight (full).
     lora: the adapters.
     data: the rows.
     train: optimisation.
@@ -41,7 +41,7 @@ class TrainConfig:
   """
 
   model: ModelSection = dataclasses.field(default_factory=ModelSection)
-  method: str = _key('lora', choices=('lora',))
+  method: str = _key('lora', choices=('lora', 'full'))
   lora: LoraSection = dataclasses.field(default_factory=LoraSection)
   data: DataSection = dataclasses.field(default_factory=DataSection)
   train: TrainSection = dataclasses.field(default_factory=TrainSection)
@@ -86,7 +86,7 @@ def from_mapping(mapping: Mapping[str, Any]) -> TrainConfig:
     if not value
   ]
   if not problems:
-    problems += _data_problems(cfg.data)
+    problems += _data_problems(cfg.data) + _method_problems(cfg)
     try:
       lora_spec(cfg.lora)
     except ValueError as error:
@@ -124,6 +124,39 @@ def buckets(section: DataSection) -> tuple[int, ...]:
         f' max_length, {section.max_length}'
       )
   return bounds
+
+
+def _method_problems(cfg: TrainConfig) -> list[str]:
+  """Keys that say something which the method has no ear for."""
+  if cfg.method == 'lora':
+    problems = []
+    if cfg.model.init == 'random':
+      problems.append(
+        'model.init=random: an adapter of random weights is of no use: give'
+        ' method=full'
+      )
+    if cfg.train.optimizer == 'muon':
+      problems.append(
+        'train.optimizer=muon makes the update of a whole matrix orthogonal,'
+        ' which A and B apart are not: give method=full, or another optimizer'
+      )
+    return problems
+  section, usual = cfg.lora, LoraSection()
+  odd = [
+    f'lora.{field.name}'
+    for field in dataclasses.fields(section)
+    if getattr(section, field.name) != getattr(usual, field.name)
+  ]
+  if cfg.train.lora_plus_ratio != 1.0:
+    odd.append('train.lora_plus_ratio')
+  if cfg.model.quant != 'none':
+    odd.append('model.quant')
+  if not odd:
+    return []
+  return [
+    f'{", ".join(odd)}: method={cfg.method} has no adapter: leave that out, or'
+    ' give method=lora'
+  ]
 
 
 def _data_problems(section: DataSection) -> list[str]:

@@ -30,10 +30,14 @@ class ModelSection:
 
   Attributes:
     path: directory in Hugging Face format, or a hub id.
+    init: where the weights come from: the files of path, or random, by its
+      config.json and train.seed, for which path needs no weights.
     untie: make a head that is tied to the embedding a leaf of its own, so that
       one of them can be trained alone.
     dtype: compute dtype of the layers.
-    param_dtype: dtype the frozen weights are stored in.
+    param_dtype: dtype the frozen weights are stored in. With method=full the
+      trained ones are float32; this is what the model sees of them, and what
+      is written.
     quant: how the linears of the layers are stored: nf4 (4 bits, QLoRA), int8,
       or as param_dtype says (none). Weights whose files are quantised already
       stay what they are.
@@ -46,6 +50,7 @@ class ModelSection:
   """
 
   path: str = ''
+  init: str = _key('weights', choices=('weights', 'random'))
   untie: bool = False
   dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
   param_dtype: str = _key('bfloat16', choices=('bfloat16', 'float32'))
@@ -113,7 +118,7 @@ class DataSection:
   """The rows.
 
   Attributes:
-    path: .json, .jsonl, .csv or .tsv file (also .gz), .parquet, .arrow or
+    path: .json, .jsonl, .csv, .tsv or .txt file (also .gz), .parquet, .arrow or
       .feather file, a directory of files of one of these kinds or made by
       `save_to_disk`, or a hub id.
     mixture: in place of `path` several of them with weights, ({'path':
@@ -128,6 +133,8 @@ class DataSection:
       makes of a row a dict of prompt and completion. Texts to choose from are
       given by choice, or '{text:strip} It was{|} {label:0=bad,1=good}', see
       docs/choice.md.
+    separator: what stands between two documents of a .txt file, each of which
+      is a row with the one column text; '' for a file that is one document.
     rows: so many rows of `path`, drawn at random, are trained on, and eval.rows
       others are held out, however many; 0 for all.
     eval_path: held-out rows, in data.template; '' takes eval.rows rows out of
@@ -151,6 +158,7 @@ class DataSection:
   path: str = ''
   mixture: tuple[Source, ...] = ()
   template: str = _key('alpaca', choices=_TEMPLATES, own=_OWN_TEMPLATE)
+  separator: str = '<|endoftext|>'
   rows: int = _key(0, at_least=0)
   eval_path: str = ''
   max_length: int = _key(512, at_least=2)
@@ -163,7 +171,7 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSection:
-  """Optimisation: AdamW on the factors.
+  """Optimisation of what is trained.
 
   Attributes:
     steps: optimizer steps.
@@ -173,15 +181,19 @@ class TrainSection:
     batch_size: rows of a micro-batch, over all devices; with data.packing,
       packs.
     grad_accum: micro-batches of a step.
+    optimizer: adamw, adafactor (a row and a column of second moments a matrix),
+      muon (the layers' matrices by Muon, the rest by AdamW; with method=full),
+      lion, or sgd.
     learning_rate: the peak.
     lora_plus_ratio: B learns at so many times that rate; 1 for no difference.
     neftune_alpha: strength of the noise on the embeddings; 0 for none.
     loss_chunk: tokens whose logits a device holds at once; 0 for 2^25 / vocab.
     schedule: what follows the warm-up.
     warmup_steps: steps of linear rise from 0.
-    weight_decay: decoupled decay of the factors.
-    beta1: Adam's.
-    beta2: Adam's.
+    weight_decay: decoupled decay; with method=full not of norms.
+    momentum: Muon's and sgd's; 0 for none.
+    beta1: Adam's and Lion's.
+    beta2: Adam's and Lion's.
     epsilon: Adam's.
     clip_norm: largest norm of the gradient; 0 for no clipping.
     seed: of factors, dropout and data order.
@@ -192,6 +204,9 @@ class TrainSection:
   loss: str = _key('auto', choices=('auto', 'tokens', 'choices'))
   batch_size: int = _key(8, at_least=1)
   grad_accum: int = _key(1, at_least=1)
+  optimizer: str = _key(
+    'adamw', choices=('adamw', 'adafactor', 'muon', 'lion', 'sgd')
+  )
   learning_rate: float = _key(2e-4, at_least=0)
   lora_plus_ratio: float = _key(1.0, at_least=0)
   neftune_alpha: float = _key(0.0, at_least=0)
@@ -199,6 +214,7 @@ class TrainSection:
   schedule: str = _key('cosine', choices=('constant', 'linear', 'cosine'))
   warmup_steps: int = _key(0, at_least=0)
   weight_decay: float = _key(0.0, at_least=0)
+  momentum: float = _key(0.95, at_least=0, below=1)
   beta1: float = _key(0.9, at_least=0, below=1)
   beta2: float = _key(0.999, at_least=0, below=1)
   epsilon: float = _key(1e-8, at_least=0)

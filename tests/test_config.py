@@ -142,7 +142,7 @@ MISTAKES = [
   ('data.truncation', 'middle', ['drop, left, right, error']),
   ('data.cache', 'DIR', ["'DIR'", 'str', 'bool']),
   ('model.remat', 'some', ['auto, none, dots, mlp, full']),
-  ('method', 'full', ["'full'", 'lora']),
+  ('method', 'ful', ["'ful'", 'lora', 'did you mean full?']),
   ('model.quant', 'fp4', ["'fp4'", 'none, nf4, int8']),
   # not a section
   ('lora', 3, ['3', 'section']),
@@ -419,7 +419,7 @@ def test_every_key_has_a_plain_type_and_a_default_of_it():
 
 
 def test_the_optimizer_takes_its_numbers_from_the_train_section():
-  wanted = {f.name for f in dataclasses.fields(optim.OptimConfig)}
+  wanted = {f.name for f in dataclasses.fields(optim.OptimConfig)} - {'full'}
   assert wanted <= {f.name for f in dataclasses.fields(config.TrainSection)}
   assert config.TrainSection().beta2 == optim.OptimConfig(1, 1.0).beta2
 

@@ -12,6 +12,7 @@ from typing import IO
 
 from lorax_train.data import (
   cache,
+  plain,
   source,
   stream,
   template,
@@ -28,12 +29,13 @@ _PREFLIGHT_ROWS = 200
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a run wants of its rows; see `tokenized.tokenize_rows`."""
+  """What a run wants of its rows; see `tokenized.tokenize_rows`, `plain`."""
 
   max_length: int
   truncation: str = 'drop'
   on_bad_row: str = 'error'
   cache: bool = True
+  separator: str = plain.SEPARATOR
 
 
 def cache_root() -> Path:
@@ -77,7 +79,7 @@ def prepare(
       return tokenise(folder)
 
   def tokenise(folder: Path) -> TokenizedSet:
-    rows = source.iter_rows(files)
+    rows = source.iter_rows(files, options.separator)
     first = next(in_parts(rows, _PREFLIGHT_ROWS), [])
     if not first:
       raise source.no_rows(path)

@@ -13,11 +13,19 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lorax_train.data import arrow, folder, hub, json_rows, stream, tables
+from lorax_train.data import (
+  arrow,
+  folder,
+  hub,
+  json_rows,
+  plain,
+  stream,
+  tables,
+)
 from lorax_train.data.rows import File, Row
 from lorax_train.errors import DataError
 
-_TEXT = ('.json', '.jsonl', '.csv', '.tsv')
+_TEXT = ('.json', '.jsonl', '.csv', '.tsv', '.txt')
 _BINARY = ('.parquet', '.arrow', '.feather')
 _SUFFIXES = (*_TEXT, *(f'{suffix}.gz' for suffix in _TEXT), *_BINARY)
 
@@ -52,7 +60,8 @@ def files_of(path: str, split: str = 'train') -> list[File]:
   Args:
     path: one of
       - a file: `.json` holding an array of objects, `.jsonl`, `.csv` or `.tsv`
-        with a header, each also with `.gz`; `.parquet`; `.arrow`, `.feather`.
+        with a header, `.txt`, each also with `.gz`; `.parquet`; `.arrow`,
+        `.feather`.
       - a directory of such files of one kind, read in the order of their
         names, or one that `save_to_disk` of `datasets` made.
       - a hub id such as `llm-wizard/alpaca-gpt4-data`, which is fetched into
@@ -89,31 +98,43 @@ def files_of(path: str, split: str = 'train') -> list[File]:
   return files
 
 
-def iter_rows(files: Sequence[File]) -> Iterator[Row]:
+def iter_rows(
+  files: Sequence[File], separator: str = plain.SEPARATOR
+) -> Iterator[Row]:
   """The rows of files, in order; no more of one is held than a part of it.
 
   The parts: a line of JSONL, an element of a JSON array, a record of a table,
-  1024 rows of Parquet or Arrow, and a chunk of the file. A file's rows come
-  before what is wrong with others of it is told, at its end.
+  a document of text, 1024 rows of Parquet or Arrow, and a chunk of the file. A
+  file's rows come before what is wrong with others of it is told, at its end.
+
+  Args:
+    files: from `files_of`.
+    separator: what parts the documents of plain text, see `plain`.
 
   Raises:
     DataError: a file that can't be read, or with every bad line of a file
       counted and the first five named.
   """
-  return itertools.chain.from_iterable(map(_rows_of, files))
+  return itertools.chain.from_iterable(
+    _rows_of(file, separator) for file in files
+  )
 
 
-def _rows_of(file: File) -> Iterator[Row]:
+def _rows_of(file: File, separator: str) -> Iterator[Row]:
   name = file.local.name
-  if name.endswith('.parquet'):
-    yield from arrow.read_parquet(file)
-  elif name.endswith(_BINARY):
-    yield from arrow.read_arrow(file)
-  else:
-    is_table = name.removesuffix('.gz').endswith(('.csv', '.tsv'))
-    read = tables.read_table if is_table else json_rows.read_json
-    with stream.opened(file) as content:
-      yield from read(content, file)
+  if name.endswith(_BINARY):
+    is_parquet = name.endswith('.parquet')
+    read = arrow.read_parquet if is_parquet else arrow.read_arrow
+    yield from read(file)
+    return
+  kind = Path(name.removesuffix('.gz')).suffix
+  with stream.opened(file) as content:
+    if kind == '.txt':
+      yield from plain.read_text(content, file, separator)
+    elif kind in ('.csv', '.tsv'):
+      yield from tables.read_table(content, file)
+    else:
+      yield from json_rows.read_json(content, file)
 
 
 def fingerprint(files: Sequence[File]) -> str:

@@ -93,19 +93,52 @@ def save_params(
   """
   directory = Path(directory)
   check_absent(directory)
+  with whole(directory, 'model not written') as building:
+    return write(building, source, params, dtype, shard_bytes, files)
+
+
+def write(
+  building: Path,
+  source: Path,
+  params: Any,
+  dtype: Any = None,
+  shard_bytes: int = SHARD_BYTES,
+  files: Mapping[str, bytes] | None = None,
+) -> int:
+  """`save_params` into an empty directory that is there."""
+  cfg, parted = _written_config(source, params)
+  shards = _shards(_tensors(cfg, source, dtype), shard_bytes)
+  _write_weights(building, shards, params)
+  _write_config(building, source, dtype, parted)
+  for name in COPIED:
+    if (source / name).is_file():
+      shutil.copyfile(source / name, building / name)
+  for name, content in (files or {}).items():
+    (building / name).write_bytes(content)
+  return params_lib.total(cfg)
+
+
+def equals(directory: Path, source: Path, params: Any, dtype: Any) -> bool:
+  """Whether what `write` has written reads back as it was, bit for bit."""
+  refs = safetensors.open_dir(directory)
+  by_path = _by_path(params)
+  cfg, _ = _written_config(source, params)
+  tensors = _tensors(cfg, source, dtype)
+  if refs.keys() != {t.name for t in tensors}:
+    return False
+  for tensor in tensors:
+    want = _array(tensor, by_path[tensor.param.path])
+    got = refs[tensor.name].read()
+    if not np.array_equal(got.view(np.uint8), want.view(np.uint8)):
+      return False
+  return True
+
+
+def _written_config(source: Path, params: Any) -> tuple[DecoderConfig, bool]:
+  """The model as it is written, and whether it has parted what was tied."""
   cfg = hf_config.read_config(source)
   parted = cfg.tied and 'lm_head' in params
-  cfg = dataclasses.replace(cfg, tied=cfg.tied and not parted)
-  shards = _shards(_tensors(cfg, source, dtype), shard_bytes)
-  with whole(directory, 'model not written') as building:
-    _write_weights(building, shards, params)
-    _write_config(building, source, dtype, parted)
-    for name in COPIED:
-      if (source / name).is_file():
-        shutil.copyfile(source / name, building / name)
-    for name, content in (files or {}).items():
-      (building / name).write_bytes(content)
-  return params_lib.total(cfg)
+  return dataclasses.replace(cfg, tied=cfg.tied and not parted), parted
 
 
 def check_absent(directory: str | os.PathLike) -> None:
@@ -178,12 +211,7 @@ def _shards(tensors: Sequence[_Tensor], limit: int) -> dict[str, list[_Tensor]]:
 def _write_weights(
   directory: Path, shards: Mapping[str, Sequence[_Tensor]], params: Any
 ) -> None:
-  by_path = {
-    lora.path_of(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=_is_made
-    )
-  }
+  by_path = _by_path(params)
   for file, tensors in shards.items():
     arrays = {t.name: _array(t, by_path[t.param.path]) for t in tensors}
     bad = [n for n, x in arrays.items() if not np.isfinite(x).all()]
@@ -200,6 +228,15 @@ def _write_weights(
       'weight_map': {t.name: f for f, ts in shards.items() for t in ts},
     }
     _write_json(directory / 'model.safetensors.index.json', index)
+
+
+def _by_path(params: Any) -> dict[str, Any]:
+  return {
+    lora.path_of(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      params, is_leaf=_is_made
+    )
+  }
 
 
 @np.errstate(over='ignore')  # what is past the dtype is not finite, and named

@@ -79,11 +79,11 @@ def estimate(
   jaxpr, own = shapes.program(cfg, adapters, mesh, length, platform)
   m = own.model_cfg
   gathered, head = _gathered(whole, mesh)
-  rules = liveness.PLAIN
+  rules = liveness.Rules(cut=_cut(whole, own, mesh))
   if platform == 'tpu':
     gathered = 0
     padded = -(-m.head_dim // _LANES) * _LANES
-    rules = liveness.Rules(
+    rules = rules._replace(
       laid_out={m.head_dim: padded},
       rewrites=True,
       gathered={(m.hidden, m.vocab): head},
@@ -92,7 +92,7 @@ def estimate(
   logits = _widest(jaxpr, m.vocab)
   made = {
     'saved activations': saved,
-    'gradients': shapes.bytes_of(own.state.trainable),
+    'gradients': sum(map(rules.size, jax.tree.leaves(own.state.trainable))),
     'logits': logits,
     'gathered weights': gathered,
   }
@@ -162,6 +162,7 @@ def _read_and_written(
   weights = shapes.bytes_of(own.frozen)
   if not own.model_cfg.tied:
     weights -= shapes.bytes_of(own.frozen['embed_tokens'])
+  weights += sum(map(shapes.bytes_of, _trained(own)))
   passes = 3 if cfg.model.remat == 'full' else 2
   state = given['adapters'] + given['optimizer']
   return cfg.train.grad_accum * (passes * weights + 2 * saved) + 2 * state
@@ -179,6 +180,28 @@ def _whole(leaf: Any, mesh: Mesh) -> int:
   return shapes.bytes_of(leaf) * mesh.shape['fsdp']
 
 
+def _cut(
+  whole: shapes.Shapes, own: shapes.Shapes, mesh: Mesh
+) -> dict[tuple[int, ...], int]:
+  """{shape: into how many parts `fsdp` cuts it} of leaves that are trained whole.
+
+  By shapes of the program on one device, where they stand whole.
+  """
+  return {
+    leaf.shape: mesh.shape['fsdp']
+    for leaf, there in zip(_trained(own), _trained(whole), strict=True)
+    if _cut_by(there, 'fsdp')
+  }
+
+
+def _trained(of: shapes.Shapes) -> list[Any]:
+  """Leaves that are trained whole, in place of frozen ones."""
+  leaves = jax.tree.leaves(
+    of.state.trainable, is_leaf=lambda x: isinstance(x, lora.Adapter)
+  )
+  return [leaf for leaf in leaves if not isinstance(leaf, lora.Adapter)]
+
+
 def _gathered(whole: shapes.Shapes, mesh: Mesh) -> tuple[int, int]:
   """Bytes of the weights that are put together ahead, and of the head alone.
 
@@ -188,7 +211,8 @@ def _gathered(whole: shapes.Shapes, mesh: Mesh) -> tuple[int, int]:
   """
   if mesh.shape['fsdp'] == 1:
     return 0, 0
-  cut = [x for x in jax.tree.leaves(whole.frozen) if _cut_by(x, 'fsdp')]
+  weights = [*jax.tree.leaves(whole.frozen), *_trained(whole)]
+  cut = [x for x in weights if _cut_by(x, 'fsdp')]
   head = max((_whole(x, mesh) for x in cut if len(x.shape) == 2), default=0)
   layer = sum(_whole(x, mesh) // x.shape[0] for x in cut if len(x.shape) == 3)
   return max(layer, head), head
@@ -271,17 +295,21 @@ def matmul_parameters(adapters: setup.Adapters) -> int:
 def needed_flops(
   adapters: setup.Adapters, frozen: Any, length: int
 ) -> Mapping[str, float]:
-  """FLOPs a token that LoRA cannot do without, by kind.
+  """FLOPs a token that the run cannot do without, by kind.
 
   4 N: each product forward, and backward to its input; no gradient of a frozen W.
-  6 a trained parameter. Attention: what is seen under the causal mask and the
+  6 an adapter's parameter. 2 N where all are trained. Attention: what is seen under the causal mask and the
   window, forward and, with the scores once more, backward.
   """
   m = adapters.model_cfg
   seen = keys_seen(length, m.window)
-  trained, _ = lora.count(frozen)
+  trained, base = lora.count(frozen)
+  n = matmul_parameters(adapters)
+  of_trained = {'adapters': 6.0 * trained}
+  if trained == base:
+    of_trained = {'gradients': 2.0 * n}
   return {
-    '4 N': 4.0 * matmul_parameters(adapters),
-    'adapters': 6.0 * trained,
+    '4 N': 4.0 * n,
+    **of_trained,
     'attention': (1 + BACKWARD) * 4 * m.layers * m.heads * m.head_dim * seen,
   }

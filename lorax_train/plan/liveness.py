@@ -60,16 +60,19 @@ class Rules(NamedTuple):
       and not only over one of these.
     gathered: {shape: bytes} of what comes in by parts, and is whole where a product
       reads it.
+    cut: {shape: into how many parts a value of it lies}: of weights that are
+      trained, their gradients and all that the optimizer makes of them.
   """
 
   laid_out: Mapping[int, int] = MappingProxyType({})
   rewrites: bool = False
   gathered: Mapping[tuple[int, ...], int] = MappingProxyType({})
+  cut: Mapping[tuple[int, ...], int] = MappingProxyType({})
 
   def size(self, aval: Any) -> int:
     """Bytes of a value in memory."""
     shape: tuple[int, ...] = getattr(aval, 'shape', ())
-    own = size_of(aval)
+    own = size_of(aval) // self.cut.get(shape, 1)
     if len(shape) > 3 and shape[-1] in self.laid_out:
       own = own // shape[-1] * self.laid_out[shape[-1]]
     return own

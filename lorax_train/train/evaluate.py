@@ -24,17 +24,12 @@ from lorax_train.errors import (
   ModelError,
   ResumeError,
 )
-from lorax_train.formats import (
-  find,
-  hf,
-  hf_config,
-  quant_config,
-  safetensors,
-)
+from lorax_train.formats import find, hf, hf_config, quant_config
 from lorax_train.infer.inspection import aligned
 from lorax_train.lora.halves import is_half
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import checkpoint, options, setup
+from lorax_train.train import base as base_lib
+from lorax_train.train import checkpoint, export, options, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.inspection import read_run
 from lorax_train.train.rows import Rows, paths, templates
@@ -93,11 +88,11 @@ def evaluate_run(run_dir: str) -> Report:
   """
   directory = Path(run_dir).expanduser()
   cfg, inputs = read_run(directory)
-  adapter = directory / 'adapter'
-  if not adapter.is_dir():
+  trained = export.directory_of(cfg, directory)
+  if not trained.is_dir():
     done = checkpoint.latest_step(directory / 'checkpoints') or 0
     raise ModelError(
-      f'{adapter}: no adapter yet, the run is at step {done} of'
+      f'{trained}: no {trained.name} yet, the run is at step {done} of'
       f' {cfg.train.steps}: give its command again to finish it'
     )
   try:
@@ -110,7 +105,7 @@ def evaluate_run(run_dir: str) -> Report:
     ) from None
   now = {
     'data': rows.fingerprint,
-    'weights': safetensors.fingerprint(safetensors.open_dir(model_dir)),
+    'weights': base_lib.fingerprint(cfg, model_dir, model_cfg),
   }
   for name, path in (('data', paths(cfg)), ('weights', cfg.model.path)):
     if now[name] != inputs.get(name):
@@ -128,10 +123,13 @@ def evaluate_run(run_dir: str) -> Report:
     mesh = setup.make_mesh(cfg)
   except ConfigError:  # it was made for other devices
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  cfg = dataclasses.replace(
-    cfg, lora=dataclasses.replace(cfg.lora, init_from=str(adapter))
-  )
-  report = _evaluate(cfg, rows, model_dir, model_cfg, mesh)
+  if cfg.method == 'full':
+    report = _evaluate_whole(cfg, rows, model_dir, model_cfg, mesh, trained)
+  else:
+    cfg = dataclasses.replace(
+      cfg, lora=dataclasses.replace(cfg.lora, init_from=str(trained))
+    )
+    report = _evaluate(cfg, rows, model_dir, model_cfg, mesh)
   return {'run': str(directory), **report}
 
 
@@ -193,7 +191,9 @@ def text(report: Report) -> str:
   """A report in words."""
   base, adapted = report['base'], report['adapted']
   lines = {
-    key: report[key] for key in ('run', 'model', 'adapter') if report.get(key)
+    key: report[key]
+    for key in ('run', 'model', 'adapter', 'trained')
+    if report.get(key)
   }
   lines |= {
     'data': f'{report["data"]}, template {report["template"]}',
@@ -220,9 +220,6 @@ def _evaluate(
   mesh: jax.sharding.Mesh,
 ) -> Report:
   """Losses of the base, and of lora.init_from on it, on rows.eval_rows."""
-  learned = sum(
-    int((rows.eval_set.labels[i][1:] != NO_LOSS).sum()) for i in rows.eval_rows
-  )
   if cfg.lora.init_from:
     adapters = setup.plan_adapters(cfg, model_cfg)
   else:
@@ -246,17 +243,66 @@ def _evaluate(
     )
     base = evaluate(*_switched_off(frozen, trainable, params))
     adapted = evaluate(trainable) if adapters.loaded else None
+  return {
+    **_facts(cfg, rows, mesh, base, adapted),
+    'adapter': cfg.lora.init_from or None,
+  }
+
+
+def _evaluate_whole(
+  cfg: TrainConfig,
+  rows: Rows,
+  model_dir: Path,
+  model_cfg: DecoderConfig,
+  mesh: jax.sharding.Mesh,
+  trained: Path,
+) -> Report:
+  """Losses of what a run of all weights started from, and of what it wrote."""
+  adapters = setup.plan_adapters(cfg, model_cfg)
+  model_cfg = adapters.model_cfg
+  kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
+  with jax.set_mesh(mesh):
+    frozen, weights = base_lib.halves(cfg, model_dir, adapters, mesh)
+    evaluate = make_evaluate(
+      setup.make_apply(cfg, model_cfg, kernel),
+      frozen,
+      rows,
+      cfg.train.batch_size,
+      mesh,
+      cfg.train.loss_chunk,
+    )
+    before = evaluate(weights)
+    del weights
+    after = evaluate(hf.load_params(trained, model_cfg, jnp.float32, mesh))
+  return {
+    **_facts(cfg, rows, mesh, before, after),
+    'adapter': None,
+    'trained': str(trained),
+  }
+
+
+def _facts(
+  cfg: TrainConfig,
+  rows: Rows,
+  mesh: jax.sharding.Mesh,
+  base: dict[str, float],
+  adapted: dict[str, float] | None,
+) -> Report:
+  """What was evaluated, and the losses of the base and of what was trained."""
   of_base = _report('base', base, rows, cfg.model.dtype)
   of_adapted = None
   if adapted is not None:
-    of_adapted = _report('adapter', adapted, rows, cfg.model.dtype)
+    what = 'model' if cfg.method == 'full' else 'adapter'
+    of_adapted = _report(what, adapted, rows, cfg.model.dtype)
   return {
     'model': cfg.model.path,
-    'adapter': cfg.lora.init_from or None,
     'data': cfg.data.eval_path or paths(cfg),
     'template': cfg.data.template if cfg.data.eval_path else templates(cfg),
     'rows': len(rows.eval_rows),
-    'learned_tokens': learned,
+    'learned_tokens': sum(
+      int((rows.eval_set.labels[i][1:] != NO_LOSS).sum())
+      for i in rows.eval_rows
+    ),
     'dtype': cfg.model.dtype,
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind}',
     'base': of_base,

@@ -1,4 +1,4 @@
-"""The trained adapter on disk, complete and checked, or not there at all."""
+"""What was trained on disk, complete and checked, or not there at all."""
 
 import shutil
 from pathlib import Path
@@ -8,13 +8,70 @@ from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data.sentencepiece_json import missing_files
 from lorax_train.data.tokenize import Tokenizer
-from lorax_train.formats import peft
+from lorax_train.formats import hf_save, peft
 from lorax_train.formats.whole import whole
 from lorax_train.together import first, together
 from lorax_train.train import report
 from lorax_train.train.setup import Adapters
 
 Tree = Any
+
+
+def directory_of(cfg: TrainConfig, run_dir: Path) -> Path:
+  """Where a run puts what it has trained."""
+  return run_dir / ('model' if cfg.method == 'full' else 'adapter')
+
+
+def write_model(
+  directory: Path,
+  frozen: Tree,
+  trainable: Tree,
+  model_dir: Path,
+  cfg: TrainConfig,
+  tokenizer: Tokenizer | None,
+  held_out: str,
+) -> None:
+  """Writes a model of which every weight was trained, in one move.
+
+  Its numbers are those that the model saw, in model.param_dtype: the held-out
+  loss of the run is that of the files. They are read back before that.
+
+  Args:
+    directory: replaced where it exists.
+    frozen: from `base.halves`.
+    trainable: every weight, float32.
+    model_dir: the base's, for config.json and what belongs to a tokenizer.
+    cfg: the run, for the model card.
+    tokenizer: of a lone tokenizer.model the lacking tokenizer.json is made.
+    held_out: the result, in words, for the model card.
+
+  Of several processes one alone writes, and all return when it has.
+
+  Raises:
+    ModelError: numbers that are not finite in model.param_dtype.
+    OSError: disk full, no rights; what was there before is untouched.
+  """
+  params = parallel.fetch(lora.merge(frozen, trainable))
+  with together():
+    if first():
+      card = report.full_model_card(cfg, held_out).encode()
+      files = {**_lacking(tokenizer), 'README.md': card}
+      lost = 'model not written, checkpoints are untouched'
+      dtype = cfg.model.param_dtype
+      with whole(directory, lost) as building:
+        hf_save.write(building, model_dir, params, dtype, files=files)
+        if not hf_save.equals(building, model_dir, params, dtype):
+          raise OSError(f'{directory}: the model does not read back as written')
+
+
+def _lacking(tokenizer: Tokenizer | None) -> dict[str, bytes]:
+  """The tokenizer.json that a lone tokenizer.model lacks, by name."""
+  if tokenizer is None:
+    return {}
+  files, lacking = missing_files(tokenizer.files[0].parent)
+  if lacking:
+    print(f'tokenizer  {lacking}', flush=True)
+  return files
 
 
 def write_adapter(
@@ -67,12 +124,8 @@ def write_adapter(
       _check(building, frozen, trainable, adapters)
       for file in tokenizer.files if tokenizer else ():
         shutil.copyfile(file, building / file.name)
-      if tokenizer:
-        files, lacking = missing_files(tokenizer.files[0].parent)
-        for name, content in files.items():
-          (building / name).write_bytes(content)
-        if lacking:
-          print(f'tokenizer  {lacking}', flush=True)
+      for name, content in _lacking(tokenizer).items():
+        (building / name).write_bytes(content)
       card = report.model_card(cfg, adapters.spec, held_out)
       (building / 'README.md').write_text(card, 'utf-8')
 

@@ -85,20 +85,24 @@ def read_run(run_dir: Path) -> tuple[TrainConfig, dict[str, str]]:
 
 
 def run_facts(run_dir: Path) -> Facts:
-  """Configuration, progress, losses and the adapter of a run.
+  """Configuration, progress, losses and the adapter of a run, or its model.
 
-  An adapter that is damaged is a fact of the run, and no error.
+  One that is damaged is a fact of the run, and no error.
   """
   cfg, inputs = read_run(run_dir)
   root = run_dir / 'checkpoints'
   latest = checkpoint.latest_step(root)
   lines = metrics.read(run_dir, sys.maxsize)
-  adapter = None
-  if (run_dir / 'adapter').is_dir():
-    try:
-      adapter = inspection.adapter_facts(run_dir / 'adapter')
-    except ModelError as error:
-      adapter = {'problem': str(error)}
+  made: dict[str, Facts | None] = {'adapter': None}
+  for what, facts_of in (
+    ('adapter', inspection.adapter_facts),
+    ('model', inspection.model_facts),
+  ):
+    if (run_dir / what).is_dir():
+      try:
+        made[what] = facts_of(run_dir / what)
+      except ModelError as error:
+        made[what] = {'problem': str(error)}
   return {
     'kind': 'run',
     'path': str(run_dir),
@@ -108,7 +112,7 @@ def run_facts(run_dir: Path) -> Facts:
     'losses': _series(lines, 'loss')[-1:],
     'eval_losses': _series(lines, 'eval_loss'),
     'eval_accuracies': _series(lines, 'eval_accuracy'),
-    'adapter': adapter,
+    **made,
   }
 
 
@@ -132,10 +136,10 @@ def _sources(data: Facts) -> str:
 
 def run_text(facts: Facts) -> str:
   """`run_facts` in words."""
-  cfg, adapter = facts['config'], facts['adapter']
-  model, lora, data, train = (
-    cfg[section] for section in ('model', 'lora', 'data', 'train')
-  )
+  cfg = facts['config']
+  what = 'model' if cfg['method'] == 'full' else 'adapter'
+  made = facts.get(what)
+  model, data, train = (cfg[section] for section in ('model', 'data', 'train'))
   held = f', held out: {data["eval_path"]}' if data['eval_path'] else ''
   latest = facts['checkpoint']
   lines = {
@@ -145,11 +149,7 @@ def run_text(facts: Facts) -> str:
       f' {model["param_dtype"]}'
     ),
     'data': f'{_sources(data)}{held}',
-    'lora': (
-      lora['init_from']
-      or f'{lora["variant"]}, rank {lora["rank"]}, alpha {lora["alpha"]:g},'
-      f' targets {lora["targets"]}{_besides(lora)}'
-    ),
+    **_method(cfg),
     'steps': (
       f'{train["steps"]} of {train["batch_size"] * train["grad_accum"]}'
       f' {"packs" if data["packing"] else "rows"},'
@@ -164,13 +164,30 @@ def run_text(facts: Facts) -> str:
   }
   if facts['eval_accuracies']:
     lines['accuracy'] = _at(facts['eval_accuracies'])
-  if adapter is None:
-    lines['adapter'] = 'none yet: give the command of the run again'
-  elif 'problem' in adapter:
-    lines['adapter'] = f'damaged: {adapter["problem"]}'
+  if made is None:
+    lines[what] = 'none yet: give the command of the run again'
+  elif 'problem' in made:
+    lines[what] = f'damaged: {made["problem"]}'
   else:
-    return f'{aligned(lines)}\n\n{inspection.adapter_text(adapter)}'
+    text_of = {
+      'adapter': inspection.adapter_text,
+      'model': inspection.model_text,
+    }[what]
+    return f'{aligned(lines)}\n\n{text_of(made)}'
   return aligned(lines)
+
+
+def _method(cfg: Facts) -> dict[str, str]:
+  """What is trained, in words."""
+  lora, train = cfg['lora'], cfg['train']
+  if cfg['method'] == 'full':
+    drawn = ', from random ones' if cfg['model']['init'] == 'random' else ''
+    return {'method': f'all weights{drawn}, {train["optimizer"]}'}
+  words = (
+    f'{lora["variant"]}, rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets'
+    f' {lora["targets"]}{_besides(lora)}'
+  )
+  return {'lora': lora['init_from'] or words}
 
 
 def step_text(facts: Facts) -> str:

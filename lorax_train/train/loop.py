@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lorax_train import config as config_lib
 from lorax_train import lora, together
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
-from lorax_train.formats import find, hf, hf_config, quantised, safetensors
+from lorax_train.formats import find, hf_config
 from lorax_train.train import (
+  base,
   checkpoint,
   export,
   metrics,
@@ -39,7 +39,7 @@ Tree = Any
 
 
 def run(cfg: TrainConfig) -> Path:
-  """Trains, and returns the directory of the PEFT adapter.
+  """Trains, and returns the directory of the adapter, or of the model.
 
   The same configuration again continues where the last run stopped; when it
   is already done, nothing is computed. Of several processes all are called
@@ -61,23 +61,21 @@ def run(cfg: TrainConfig) -> Path:
 def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   say = functools.partial(print, flush=True)
   mapping = config_lib.to_mapping(cfg)
-  steps, adapter_dir = cfg.train.steps, run_dir / 'adapter'
+  steps, out_dir = cfg.train.steps, export.directory_of(cfg, run_dir)
 
   # --- configuration and rows before weights: cheap mistakes show first
   with together.together():
-    model_dir = find.find_model(cfg.model.path, find.WITHOUT_HUB)
+    drawn = cfg.model.init == 'random'
+    model_dir = find.find_model(cfg.model.path, find.WITHOUT_HUB, not drawn)
     model_cfg = hf_config.read_config(model_dir)
-    weights = safetensors.open_dir(model_dir)
+    weights = base.fingerprint(cfg, model_dir, model_cfg)
     adapters = setup.plan_adapters(cfg, model_cfg)
     mesh = setup.make_mesh(cfg)
     kernel = setup.attention_kernel(
       cfg, model_cfg, mesh.devices.flat[0].platform
     )
     rows = setup.read_rows(cfg, model_dir, model_cfg)
-    inputs = {
-      'data': rows.fingerprint,
-      'weights': safetensors.fingerprint(weights),
-    }
+    inputs = {'data': rows.fingerprint, 'weights': weights}
     shapes, _ = setup.abstract(cfg, adapters)
   together.check_same(inputs)
   with together.together():
@@ -95,7 +93,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   done, exported = together.of_first(
     [
       checkpoint.latest_step(run_dir / 'checkpoints') or 0,
-      adapter_dir.is_dir(),
+      out_dir.is_dir(),
     ]
   )
   with together.together():
@@ -104,9 +102,8 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   if done == steps and exported:
     say(f'already done: {steps} steps')
     if together.first():
-      say(report.end_card(run_dir, model_dir, metrics.read(run_dir, done),
-                          cfg.model.quant))  # fmt: skip
-    return adapter_dir
+      say(report.end_card(cfg, run_dir, model_dir, metrics.read(run_dir, done)))
+    return out_dir
   with together.together():
     if together.first():
       rundir.write_config(run_dir, mapping, inputs)
@@ -114,17 +111,15 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
   with jax.set_mesh(mesh), stop_requests() as stop:
     # --- weights onto the mesh, factors beside them
     began = time.monotonic()
-    param_dtype = jnp.dtype(cfg.model.param_dtype)
     with together.together():
-      params = hf.load_params(model_dir, model_cfg, param_dtype, mesh)
-      originals = quantised.originals(weights, model_cfg, mesh)
-      frozen, trainable = setup.split(cfg, params, adapters, originals)
+      frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint
     tx = optim.make_optimizer(setup.optim_config(cfg))
     like = state_lib.abstract_state(tx, frozen, trainable, mesh)
     state = state_lib.init_state(tx, trainable, like)
+    del trainable  # the state has its own
     factors = state_lib.shapes_of(lora.fixed_factors(frozen))
     found = checkpoint.restore_latest(
       run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
@@ -164,24 +159,31 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
         progress,
       )  # fmt: skip
 
-    # --- the adapter, read back before anything is called done
-    export.write_adapter(
-      adapter_dir,
-      frozen,
-      state.trainable,
-      adapters,
-      cfg,
-      # Who loads the adapter can do nothing with a GGUF file.
-      str(model_dir) if _is_file(cfg.model.path) else cfg.model.path,
-      rows.tokenizer,
-      report.held_out(log.lines),
-    )
+    # --- what was trained, read back before anything is called done
+    held_out = report.held_out(log.lines)
+    if cfg.method == 'full':
+      export.write_model(
+        out_dir, frozen, state.trainable, model_dir, cfg, rows.tokenizer,
+        held_out,
+      )  # fmt: skip
+    else:
+      export.write_adapter(
+        out_dir,
+        frozen,
+        state.trainable,
+        adapters,
+        cfg,
+        # Who loads the adapter can do nothing with a GGUF file.
+        str(model_dir) if _is_file(cfg.model.path) else cfg.model.path,
+        rows.tokenizer,
+        held_out,
+      )
   with together.together():
     if together.first():
       if chosen:
         say('\n' + samples.before_and_after(chosen, log.lines))
-      say(report.end_card(run_dir, model_dir, log.lines, cfg.model.quant))
-  return adapter_dir
+      say(report.end_card(cfg, run_dir, model_dir, log.lines))
+  return out_dir
 
 
 def _log(run_dir: Path, start: int) -> MetricsLog:

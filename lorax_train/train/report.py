@@ -49,10 +49,12 @@ def banner(
   lines = {
     'model': f'{cfg.model.path}, {base:,} parameters',
     'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
-    'targets': targets(frozen, names),
+    'targets': (
+      'every weight' if cfg.method == 'full' else targets(frozen, names)
+    ),
     'precision': (
-      f'compute {cfg.model.dtype}, frozen weights {_kinds(cfg, frozen)},'
-      ' adapters and optimizer float32'
+      f'compute {cfg.model.dtype}, {_what_is_stored(cfg, frozen)} and optimizer'
+      ' float32'
     ),
     **_stored(frozen, trainable),
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
@@ -62,10 +64,13 @@ def banner(
   return '\n'.join(f'{key:<10} {value}' for key, value in lines.items())
 
 
-def _kinds(cfg: TrainConfig, frozen: Any) -> str:
-  """'bfloat16', or 'nf4 and bfloat16'."""
+def _what_is_stored(cfg: TrainConfig, frozen: Any) -> str:
+  """'frozen weights nf4 and bfloat16, adapters'."""
   kind, dtype = quantised.kind_of(frozen), cfg.model.param_dtype
-  return dtype if kind == 'none' else f'{kind} and {dtype}'
+  if cfg.method == 'full':
+    return f'seen as {dtype}, weights'
+  kinds = dtype if kind == 'none' else f'{kind} and {dtype}'
+  return f'frozen weights {kinds}, adapters'
 
 
 def _stored(frozen: Any, trainable: int) -> dict[str, str]:
@@ -118,46 +123,71 @@ def held_out(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def end_card(
+  cfg: TrainConfig,
   run_dir: Path,
   model_dir: Path,
   lines: Sequence[Mapping[str, Any]],
-  quant: str = 'none',
 ) -> str:
   """What came out, where it is, and the commands to use it.
 
   Args:
+    cfg: the run.
     run_dir: of the run.
     model_dir: the base, as files.
     lines: of metrics.jsonl.
     quant: `model.quant` of the run.
   """
+  what = 'model' if cfg.method == 'full' else 'adapter'
+  out = run_dir / what
+  size = sum(path.stat().st_size for path in out.iterdir())
+  use = (
+    _use_model(out)
+    if what == 'model'
+    else _use_adapter(run_dir, model_dir, cfg.model.quant)
+  )
+  made = {
+    what: f'{out} ({size / 1e6:.1f} MB with its tokenizer)',
+    'loss': str(run_dir / plot.FILE),
+  }
+  if (run_dir / samples.FILE).is_file():
+    made['samples'] = str(run_dir / samples.FILE)
+  return '\n'.join(
+    [
+      held_out(lines),
+      *(f'{key:<10} {value}' for key, value in made.items()),
+      '',
+      'use it:',
+      *(f'  {line}' for line in use),
+    ]
+  )
+
+
+def _use_adapter(run_dir: Path, model_dir: Path, quant: str) -> list[str]:
   adapter = run_dir / 'adapter'
-  size = sum(path.stat().st_size for path in adapter.iterdir())
   lorax = f'{_python()} -m lorax_train'
   both = f'--model {_quoted(model_dir)} --adapter {_quoted(adapter)}'
   how = ''
   if quant != 'none':
     both += f' --quant {quant}'
     how = f', quantization_config={_BITS[quant]}'
-  merged = _quoted(run_dir / 'merged')
-  made = {
-    'adapter': f'{adapter} ({size / 1e6:.1f} MB with its tokenizer)',
-    'loss': str(run_dir / plot.FILE),
-  }
-  if (run_dir / samples.FILE).is_file():
-    made['samples'] = str(run_dir / samples.FILE)
-  return '\n'.join([
-    held_out(lines),
-    *(f'{key:<10} {value}' for key, value in made.items()),
-    '',
-    'use it:',
-    f"  {lorax} generate {both} --prompt '...'",
-    f'  {lorax} merge {both} --out {merged}',
-    f'  {lorax} inspect {_quoted(adapter)}',
-    '  PeftModel.from_pretrained('
+  return [
+    f"{lorax} generate {both} --prompt '...'",
+    f'{lorax} merge {both} --out {_quoted(run_dir / "merged")}',
+    f'{lorax} inspect {_quoted(adapter)}',
+    'PeftModel.from_pretrained('
     f'AutoModelForCausalLM.from_pretrained({str(model_dir)!r}{how}),'
     f' {str(adapter)!r})',
-  ])  # fmt: skip
+  ]
+
+
+def _use_model(model: Path) -> list[str]:
+  lorax, path = f'{_python()} -m lorax_train', _quoted(model)
+  return [
+    f"{lorax} generate --model {path} --prompt '...'",
+    f'{lorax} score --model {path} --tokens IN.npz --out OUT.npz',
+    f'{lorax} inspect {path}',
+    f'AutoModelForCausalLM.from_pretrained({str(model)!r})',
+  ]
 
 
 def _python() -> str:
@@ -194,21 +224,8 @@ def _of_base(quant: str) -> list[str]:
 
 def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
   """README.md of an adapter directory, with the hub's front matter."""
-  base = cfg.model.path
-  # The hub wants a repo id there; a path of this machine is nobody's business.
-  is_id = base.count('/') == 1 and not Path(base).expanduser().exists()
-  front = [f'base_model: {base}'] if is_id else []
-  of_batch = (
-    f'packs of rows, {cfg.data.max_length} tokens each'
-    if cfg.data.packing
-    else 'rows'
-  )
   lines = [
-    '---',
-    'library_name: peft',
-    'tags: [lora, lorax_train]',
-    *front,
-    '---',
+    *_front(cfg, 'peft', 'lora'),
     '',
     '# LoRA adapter',
     '',
@@ -221,11 +238,62 @@ def model_card(cfg: TrainConfig, spec: lora.LoraSpec, result: str) -> str:
     '',
     f'- variant {spec.variant}, rank {spec.rank}, alpha {spec.alpha:g}, targets'
     f' `{spec.targets}`{_also(spec)}',
-    f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
-    f' {of_batch}, template {_templates(cfg)}, peak learning rate'
-    f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
+    *_how(cfg),
     *_of_base(cfg.model.quant),
     f'- {result}',
     '',
   ]
   return '\n'.join(lines)
+
+
+def full_model_card(cfg: TrainConfig, result: str) -> str:
+  """README.md of a model of which every weight was trained."""
+  drawn = cfg.model.init == 'random'
+  lines = [
+    *_front(cfg, 'transformers', 'text-generation'),
+    '',
+    '# Pre-trained model' if drawn else '# Fine-tuned model',
+    '',
+    'Trained with lorax_train, all weights of it.',
+    '',
+    '```python',
+    'from transformers import AutoModelForCausalLM',
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
+    '```',
+    '',
+    f'- from {"random weights" if drawn else "the base"}, by'
+    f' {cfg.train.optimizer}; weights {cfg.model.param_dtype}',
+    *_how(cfg),
+    f'- {result}',
+    '',
+  ]
+  return '\n'.join(lines)
+
+
+def _front(cfg: TrainConfig, library: str, tag: str) -> list[str]:
+  """The hub's front matter."""
+  base = cfg.model.path
+  # The hub wants a repo id there; a path of this machine is nobody's business.
+  is_id = base.count('/') == 1 and not Path(base).expanduser().exists()
+  named = is_id and cfg.model.init == 'weights'
+  return [
+    '---',
+    f'library_name: {library}',
+    f'tags: [{tag}, lorax_train]',
+    *([f'base_model: {base}'] if named else []),
+    '---',
+  ]
+
+
+def _how(cfg: TrainConfig) -> list[str]:
+  """Steps, rows and rate, in a line."""
+  of_batch = (
+    f'packs of rows, {cfg.data.max_length} tokens each'
+    if cfg.data.packing
+    else 'rows'
+  )
+  return [
+    f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
+    f' {of_batch}, template {_templates(cfg)}, peak learning rate'
+    f' {cfg.train.learning_rate:g}, {cfg.train.schedule}'
+  ]

@@ -175,7 +175,9 @@ def check_same_run(
   Raises:
     ResumeError: shows each key with its old and new value.
   """
-  begun = any(run_dir.glob('checkpoints/*')) or (run_dir / 'adapter').exists()
+  begun = any(run_dir.glob('checkpoints/*')) or any(
+    (run_dir / name).exists() for name in ('adapter', 'model')
+  )
   if not begun and not (run_dir / CONFIG).exists():
     return
   try:

@@ -78,12 +78,24 @@ class Adapters(NamedTuple):
 def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
   """Resolves the targets, or takes those of the adapter to start from.
 
+  With method=full every module is trained whole.
+
   Raises:
     ConfigError: targets that match nothing, or another model.quant than the
       files have.
     ModelError: lora.init_from does not fit.
   """
   model_cfg = quant_config.as_asked(model_cfg, cfg.model.quant)
+  if cfg.method == 'full':
+    if model_cfg.quant:
+      raise ConfigError(
+        f'method={cfg.method}: the weights of {cfg.model.path} are quantised,'
+        ' and stay so: take unquantised ones, or method=lora'
+      )
+    parted = model_cfg.tied and not cfg.model.untie
+    every = no_adapters(dataclasses.replace(model_cfg, tied=parted))
+    names = flat(every.all_names)
+    return every._replace(placed={name: lora.Whole() for name in names})
   if cfg.lora.init_from:
     loaded = peft.load_adapter(Path(cfg.lora.init_from).expanduser())
     model_cfg, loaded, placed = peft.on_model(loaded, model_cfg)
@@ -253,6 +265,7 @@ def read_rows(
     cfg.data.truncation,
     cfg.data.on_bad_row,
     cfg.data.cache,
+    cfg.data.separator,
   )
 
   def read(path: str, template: str, key: str) -> tokenized.TokenizedSet:
@@ -318,8 +331,9 @@ def check_batch(cfg: TrainConfig, mesh: Any) -> None:
 
 def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
   """What the optimizer needs of the configuration."""
-  names = optim.OptimConfig.__dataclass_fields__
-  return optim.OptimConfig(**{n: getattr(cfg.train, n) for n in names})
+  names = {*optim.OptimConfig.__dataclass_fields__} - {'full'}
+  of_train = {n: getattr(cfg.train, n) for n in names}
+  return optim.OptimConfig(**of_train, full=cfg.method == 'full')
 
 
 def split(

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lorax_train import parallel
 from lorax_train.train import step as step_lib
@@ -26,15 +28,38 @@ def abstract_state(
   shardings = TrainState(
     whole,
     of_factors,
-    optax.tree_utils.tree_map_params(
-      tx,
-      lambda _, sharding: sharding,
-      shapes.opt_state,
-      of_factors,
-      transform_non_params=lambda _: whole,
-    ),
+    _beside(trainable, of_factors, shapes.opt_state, whole),
   )
   return jax.tree.map(lying, shapes, shardings)
+
+
+def _beside(
+  trainable: Tree, shardings: Tree, opt_state: Tree, whole: NamedSharding
+) -> Tree:
+  """Where the optimizer's leaves lie, by whose they are and by their shapes.
+
+  A moment lies as its leaf; what has an axis less, as Adafactor's rows and
+  columns, lies as the leaf's other axes; the rest is whole everywhere.
+  """
+  flatten = jax.tree_util.tree_leaves_with_path
+  of = {
+    path: (x.shape, where)
+    for (path, x), where in zip(
+      flatten(trainable), jax.tree.leaves(shardings), strict=True
+    )
+  }
+
+  def place(path: tuple, x: Any) -> NamedSharding:
+    ends = (path[i:] for i in range(len(path) + 1))
+    shape, where = next((of[end] for end in ends if end in of), ((), whole))
+    spec = (*where.spec, *(None,) * (len(shape) - len(where.spec)))
+    for left_out in range(len(shape), -1, -1):
+      kept = [i for i in range(len(shape)) if i != left_out]
+      if x.shape == tuple(shape[i] for i in kept):
+        return NamedSharding(where.mesh, P(*(spec[i] for i in kept)))
+    return whole
+
+  return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def init_state(

@@ -26,9 +26,9 @@ from lorax_train.errors import (
 from lorax_train.errors import (
   one_line as message_of,
 )
-from lorax_train.formats import find, hf, hf_config, safetensors
+from lorax_train.formats import find, hf, hf_config
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import checkpoint, rowchecks, rundir, setup
+from lorax_train.train import base, checkpoint, rowchecks, rundir, setup
 from lorax_train.train.rowchecks import FAIL, OK, SKIPPED, WARN, Check, skipped
 from lorax_train.train.rows import Rows
 
@@ -45,7 +45,11 @@ def validate(cfg: TrainConfig) -> list[Check]:
     needing = ('lora', 'weights', 'tokenizer', 'rows')
     checks += [skipped(name, 'model') for name in needing]
   else:
-    _weights(model_dir, _adapted(cfg, model_cfg, checks), checks)
+    adapted = _adapted(cfg, model_cfg, checks)
+    if cfg.model.init == 'random':
+      checks.append(Check('weights', OK, 'drawn, by train.seed: none are read'))
+    else:
+      _weights(model_dir, adapted, checks)
     if _tokenizer(cfg, model_dir, model_cfg, checks):
       rows = _rows(cfg, model_dir, model_cfg, checks)
     else:
@@ -117,6 +121,8 @@ def _adapted(
   shapes = _caught('lora', lambda: setup.abstract(cfg, adapters), checks)
   if shapes is not None:
     told = f'{len(adapters.placed)} modules of the model match'
+    if cfg.method == 'full':
+      told = f'none: all {len(adapters.placed)} modules are trained whole'
     checks.append(Check('lora', OK, told))
   return adapters.model_cfg
 
@@ -202,6 +208,10 @@ def _rows(
   return None if lenient else rows
 
 
+def _fingerprint(cfg: TrainConfig, model_dir: Path) -> str:
+  return base.fingerprint(cfg, model_dir, hf_config.read_config(model_dir))
+
+
 def _run_dir(
   cfg: TrainConfig,
   model_dir: Path | None,
@@ -213,9 +223,9 @@ def _run_dir(
   if rows is not None:
     inputs['data'] = rows.fingerprint
   if model_dir is not None:
-    weights = _caught('run_dir', lambda: safetensors.open_dir(model_dir), [])
+    weights = _caught('run_dir', lambda: _fingerprint(cfg, model_dir), [])
     if weights is not None:
-      inputs['weights'] = safetensors.fingerprint(weights)
+      inputs['weights'] = weights
 
   def look() -> str:
     rundir.check_usable(run_dir)

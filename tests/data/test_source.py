@@ -32,6 +32,11 @@ def write(folder, name, content):
     ('a.json', b'[{"a": 1}, {"a": 2}]', [{'a': 1}, {'a': 2}], [': row 1', ': row 2']),
     ('a.json', BOM + b'\n[\n {"a": 1}\r\n]\n', [{'a': 1}], [': row 1']),
     ('a.json.gz', gzip.compress(b'[{"a": 1}]', mtime=0), [{'a': 1}], [': row 1']),
+    # plain text
+    ('a.txt', b'a\nb\n<|endoftext|>\n\nc\n', [{'text': 'a\nb'}, {'text': 'c'}], [':1', ':5']),
+    ('a.txt', b'one\n\ndocument', [{'text': 'one\n\ndocument'}], [':1']),
+    ('a.txt', BOM + b'\r\na<|endoftext|>b<|endoftext|> \n<|endoftext|>', [{'text': 'a'}, {'text': 'b'}], [':2', ':2']),
+    ('a.txt.gz', gzip.compress(b'a<|endoftext|>\nb', mtime=0), [{'text': 'a'}, {'text': 'b'}], [':1', ':2']),
     # content under the name of the other kind
     ('a.json', b'{"a": 1}\n{"a": 2}\n', [{'a': 1}, {'a': 2}], [':1', ':2']),
     ('a.json', b'\n{"a": 1}\n\n{"a": 2}', [{'a': 1}, {'a': 2}], [':2', ':4']),
@@ -56,6 +61,16 @@ def test_nan_is_a_number(tmp_path):
     ('a.jsonl', b'', 'a.jsonl: no rows; pass a file that has some'),
     ('a.jsonl', b'\n \n', 'a.jsonl: no rows; pass a file that has some'),
     ('a.json', b'', 'a.json: no rows; pass a file that has some'),
+    (
+      'a.txt',
+      b'\n<|endoftext|>\n',
+      'a.txt: no rows; pass a file that has some',
+    ),
+    (
+      'a.txt',
+      b'a\n\xff',
+      'a.txt:2: not UTF-8 (byte 0xff at offset 2); convert it, e.g. with iconv',
+    ),
     ('a.json', b'[ ]', 'a.json: no rows; pass a file that has some'),
     (
       'a.jsonl',
@@ -145,10 +160,10 @@ def test_nan_is_a_number(tmp_path):
       ' again',
     ),
     (
-      'a.txt',
+      'a.doc',
       b'a,b\n1,2\n',
-      'a.txt: not a kind of file that is read here; convert it to .json,'
-      ' .jsonl, .csv, .tsv (these may be .gz), .parquet or .arrow or .feather',
+      'a.doc: not a kind of file that is read here; convert it to .json,'
+      ' .jsonl, .csv, .tsv, .txt (these may be .gz), .parquet or .arrow or .feather',
     ),
   ],
 )

@@ -9,11 +9,13 @@ SMALL = DecoderConfig(2000, 256, 6, 8, 4, 32, 768)
 MISTRAL_7B = DecoderConfig(32000, 4096, 32, 32, 8, 128, 14336, window=4096)
 
 
-def run(size=SMALL, length=64, rows=8, remat='full', **more):
+def run(size=SMALL, length=64, rows=8, remat='full', method='lora', **more):
   """(cfg, adapters): `more` are sections; float32 unless they say otherwise."""
   mapping = config.defaults()
   mapping['model'].update(path='.', dtype='float32', param_dtype='float32')
-  mapping['lora'].update(targets='all-linear', rank=16)
+  mapping['method'] = method
+  if method == 'lora':
+    mapping['lora'].update(targets='all-linear', rank=16)
   mapping['data'].update(path='.', max_length=length)
   mapping['train'].update(batch_size=rows)
   for section, values in more.items():

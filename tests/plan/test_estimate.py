@@ -30,6 +30,8 @@ BY_XLA = [
   ('tensor', {'rows': 32, 'remat': 'dots'}),
   ('data', {'rows': 32, 'data': {'packing': True}}),
   ('alone', {'remat': 'none', 'model': {'quant': 'nf4'}}),
+  # Weights, gradients and moments are cut, and each layer is put together.
+  ('fsdp', {'rows': 32, 'method': 'full', 'train': {'grad_accum': 2}}),
 ]
 
 
@@ -158,6 +160,13 @@ def test_what_fsdp_gathers_is_what_a_quantised_weight_stands_for(quant):
 
   kept = {'param_dtype': 'bfloat16'}
   assert received(quant=quant, **kept) == received(**kept)
+
+
+def test_of_all_weights_two_more_a_parameter_are_needed():
+  cfg, adapters = run(MISTRAL_7B, method='full')
+  frozen, _ = setup.abstract(cfg, adapters)
+  needed = estimate.needed_flops(adapters, frozen, 64)
+  assert needed['4 N'] + needed['gradients'] == 6 * 7_110_393_856
 
 
 def test_full_remat_saves_the_input_of_each_layer():

@@ -144,6 +144,8 @@ CHANGES = [
   # eval.rows are taken out of the rows that are trained on.
   ('eval.rows', 7, False),
   ('model.path', 'other/model', False),
+  ('method', 'full', False),
+  ('model.init', 'random', False),
   ('model.dtype', 'float32', False),
   ('model.param_dtype', 'float32', False),
   ('lora.rank', 4, False),
@@ -160,6 +162,7 @@ CHANGES = [
   ('data.buckets', '32,64', False),
   ('data.rows', 7, False),
   ('data.eval_path', 'held.json', False),
+  ('data.separator', '\n\n', False),
   ('data.template', 'text', False),
   ('data.max_length', 64, False),
   ('data.truncation', 'left', False),
@@ -169,6 +172,8 @@ CHANGES = [
   ('train.loss', 'tokens', False),
   ('train.batch_size', 16, False),
   ('train.grad_accum', 2, False),
+  ('train.optimizer', 'lion', False),
+  ('train.momentum', 0.5, False),
   ('train.learning_rate', 1e-5, False),
   ('train.lora_plus_ratio', 4.0, False),
   ('train.neftune_alpha', 5.0, False),
@@ -216,7 +221,7 @@ def test_every_key_stands_in_the_table():
   keys = {key for key, _, _ in CHANGES}
   # Of two there is but one value so far; the others are as rank_pattern is.
   rest = {
-    'method', 'lora.exclude', 'lora.alpha_pattern',
+    'lora.exclude', 'lora.alpha_pattern',
     'lora.layers_to_transform', 'lora.modules_to_save',
     'lora.trainable_token_indices', 'model.untie',
   }  # fmt: skip
@@ -274,11 +279,11 @@ def test_other_inputs_under_the_same_name_are_refused(begun, name):
 
 def test_a_key_that_is_no_more_is_a_change(begun):
   old = mapping()
-  old['train']['momentum'] = 0.5
+  old['train']['nesterov'] = 0.5
   rundir.write_config(begun, old, {'data': 'rows-1'})
   with pytest.raises(ResumeError) as error:
     rundir.check_same_run(begun, mapping(), {'data': 'rows-1'})
-  assert 'train.momentum was 0.5, is None' in str(error.value)
+  assert 'train.nesterov was 0.5, is None' in str(error.value)
 
 
 def test_an_empty_directory_is_a_new_run(tmp_path):
