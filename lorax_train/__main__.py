@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorax_train import errors
@@ -23,10 +23,7 @@ _SHARED: dict[str, dict[str, Any]] = {
   '--adapter': {'help': 'PEFT adapter directory'},
   '--dtype': {'choices': ('float32', 'bfloat16'), 'default': 'float32'},
   '--batch-size': {'type': int, 'default': 8},
-  '--quant': {
-    'choices': ('nf4', 'int8'),
-    'help': 'how to store the linears',
-  },
+  '--quant': {'choices': ('nf4', 'int8'), 'help': 'how to store the linears'},
   '--json': {'action': 'store_true', 'help': 'as JSON, an object a line'},
 }
 
@@ -151,19 +148,8 @@ def merge(argv: Sequence[str]) -> int:
       raise errors.ConfigError(f'{option} {getattr(args, name)}: below 1')
   from lorax_train.infer import fidelity as room
 
-  done = room.merge(
-    args.model,
-    args.adapter,
-    args.out,
-    args.dtype,
-    report=args.report,
-    tokens=args.tokens,
-    rows=args.rows,
-    batch_size=args.batch_size,
-    quant=args.quant,
-  )
-  print(json.dumps(done) if args.json else room.text(done))
-  return 0
+  done = room.merge(**{k: v for k, v in vars(args).items() if k != 'json'})
+  return _tell(done, room.text(done), args.json)
 
 
 def export(argv: Sequence[str]) -> int:
@@ -184,8 +170,7 @@ def export(argv: Sequence[str]) -> int:
   report = room.export(
     args.adapter, args.consumer, args.out, args.bake, args.model
   )
-  print(json.dumps(report) if args.json else room.text(report))
-  return 0
+  return _tell(report, room.text(report), args.json)
 
 
 def _add_data(group: argparse._ArgumentGroup) -> None:
@@ -278,6 +263,12 @@ def _in_colour() -> bool:
   return sys.stdout.isatty()
 
 
+def _tell(report: Mapping[str, Any], text: str, as_json: bool) -> int:
+  """Prints what was found, and gives the exit code."""
+  print(json.dumps(report) if as_json else text)
+  return 0
+
+
 def _write(text: str) -> None:
   """Prints, in whatever characters stdout can be told."""
   encoding = sys.stdout.encoding or 'utf-8'
@@ -345,6 +336,18 @@ def plan(argv: Sequence[str]) -> int:
   return 0
 
 
+def replay(argv: Sequence[str]) -> int:
+  """Make again what a MeZO run made, from its base and its log alone."""
+  parser = _parser('replay', replay.__doc__, '--json')
+  parser.add_argument('run', metavar='RUN_DIR', help='of a run of method=mezo')
+  parser.add_argument('--out', required=True, help='directory, new')
+  args = parser.parse_args(argv)
+  from lorax_train.train import replay as room
+
+  report = room.replay(args.run, args.out)
+  return _tell(report, room.text(report), args.json)
+
+
 def inspect(argv: Sequence[str]) -> int:
   """Say what a model, an adapter, a run or a checkpoint is."""
   parser = _parser('inspect', inspect.__doc__, '--json')
@@ -352,9 +355,7 @@ def inspect(argv: Sequence[str]) -> int:
   args = parser.parse_args(argv)
   from lorax_train.train import inspection as room
 
-  facts, text = room.inspect(args.path)
-  print(json.dumps(facts) if args.json else text)
-  return 0
+  return _tell(*room.inspect(args.path), args.json)
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -367,6 +368,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
   'data': data,
   'validate': validate,
   'plan': plan,
+  'replay': replay,
   'inspect': inspect,
 }
 

@@ -18,6 +18,7 @@ from lorax_train.sections import (
   EvalSection,
   LoraSection,
   MeshSection,
+  MezoSection,
   ModelSection,
   Source,
   TrainSection,
@@ -30,8 +31,10 @@ class TrainConfig:
 
   Attributes:
     model: the base model.
-    method: what is trained: adapters (lora), or every weight (full).
+    method: how it is trained: adapters by their gradients (lora), every weight by
+      its own (full), or either by the loss alone, without gradients (mezo).
     lora: the adapters.
+    mezo: how method mezo steps.
     data: the rows.
     train: optimisation.
     mesh: devices.
@@ -41,8 +44,9 @@ class TrainConfig:
   """
 
   model: ModelSection = dataclasses.field(default_factory=ModelSection)
-  method: str = _key('lora', choices=('lora', 'full'))
+  method: str = _key('lora', choices=('lora', 'full', 'mezo'))
   lora: LoraSection = dataclasses.field(default_factory=LoraSection)
+  mezo: MezoSection = dataclasses.field(default_factory=MezoSection)
   data: DataSection = dataclasses.field(default_factory=DataSection)
   train: TrainSection = dataclasses.field(default_factory=TrainSection)
   mesh: MeshSection = dataclasses.field(default_factory=MeshSection)
@@ -128,35 +132,67 @@ def buckets(section: DataSection) -> tuple[int, ...]:
 
 def _method_problems(cfg: TrainConfig) -> list[str]:
   """Keys that say something which the method has no ear for."""
-  if cfg.method == 'lora':
-    problems = []
-    if cfg.model.init == 'random':
+  problems = []
+  if cfg.model.init == 'random' and cfg.method != 'full':
+    problems.append(
+      'model.init=random: an adapter of random weights is of no use, nor are steps'
+      ' without gradients from them: give method=full'
+    )
+  if cfg.method == 'lora' and cfg.train.optimizer == 'muon':
+    problems.append(
+      'train.optimizer=muon makes the update of a whole matrix orthogonal,'
+      ' which A and B apart are not: give method=full, or another optimizer'
+    )
+  if trains_all(cfg):
+    usual = LoraSection()
+    odd = [
+      f'lora.{field.name}'
+      for field in dataclasses.fields(usual)
+      if getattr(cfg.lora, field.name) != getattr(usual, field.name)
+    ]
+    if cfg.train.lora_plus_ratio != 1.0:
+      odd.append('train.lora_plus_ratio')
+    if cfg.model.quant != 'none':
+      odd.append('model.quant')
+    if odd:
       problems.append(
-        'model.init=random: an adapter of random weights is of no use: give'
-        ' method=full'
+        f'{", ".join(odd)}: method={cfg.method} of all weights has no adapter:'
+        ' leave that out, or train adapters'
       )
-    if cfg.train.optimizer == 'muon':
-      problems.append(
-        'train.optimizer=muon makes the update of a whole matrix orthogonal,'
-        ' which A and B apart are not: give method=full, or another optimizer'
-      )
-    return problems
-  section, usual = cfg.lora, LoraSection()
-  odd = [
-    f'lora.{field.name}'
-    for field in dataclasses.fields(section)
-    if getattr(section, field.name) != getattr(usual, field.name)
-  ]
-  if cfg.train.lora_plus_ratio != 1.0:
-    odd.append('train.lora_plus_ratio')
-  if cfg.model.quant != 'none':
-    odd.append('model.quant')
-  if not odd:
-    return []
-  return [
-    f'{", ".join(odd)}: method={cfg.method} has no adapter: leave that out, or'
-    ' give method=lora'
-  ]
+  if cfg.method == 'mezo':
+    problems += [
+      f'{name}.{key}={getattr(section, key)!r}: method=mezo makes no use of it:'
+      ' leave it out'
+      for name, keys in _OF_GRADIENTS.items()
+      for section in [getattr(cfg, name)]
+      for key in keys
+      if getattr(section, key) != getattr(type(section)(), key)
+    ]
+  return problems
+
+
+# What a step without gradients has no use for.
+_OF_GRADIENTS = {
+  'train': (
+    'optimizer',
+    'momentum',
+    'lora_plus_ratio',
+    'neftune_alpha',
+    'weight_decay',
+    'beta1',
+    'beta2',
+    'epsilon',
+    'clip_norm',
+  ),
+  'lora': ('dropout',),
+}
+
+
+def trains_all(cfg: TrainConfig) -> bool:
+  """Whether the model's own weights are trained, and not adapters."""
+  return cfg.method == 'full' or (
+    cfg.method == 'mezo' and cfg.mezo.weights == 'all'
+  )
 
 
 def _data_problems(section: DataSection) -> list[str]:

@@ -99,6 +99,23 @@ class LoraSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class MezoSection:
+  """Steps without gradients, of method mezo; see docs/mezo.md.
+
+  Attributes:
+    weights: what is trained: the adapters of the section lora (lora), or all
+      weights of the model, in model.param_dtype (all).
+    epsilon: how far the weights are moved to either side.
+    probes: random directions of a step, which goes along their mean; each costs
+      two forward passes.
+  """
+
+  weights: str = _key('lora', choices=('lora', 'all'))
+  epsilon: float = _key(1e-2, above=0)
+  probes: int = _key(1, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """One of several sources of rows.
 

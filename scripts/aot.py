@@ -47,6 +47,8 @@ class Case(NamedTuple):
     tensor: size of that mesh axis; the others go to fsdp.
     grad_accum: micro-batches.
     quant: of the base.
+    mezo: weights that are trained without gradients, lora or all; '' for LoRA by
+      gradients.
   """
 
   topology: str
@@ -59,6 +61,7 @@ class Case(NamedTuple):
   tensor: int = 1
   grad_accum: int = 1
   quant: str = 'none'
+  mezo: str = ''
 
 
 CASES = {
@@ -84,6 +87,10 @@ CASES = {
   'qlora-h100-dots': Case('h100-1', 'mistral-7b', 4, 512, 'dots', targets='q_proj,v_proj', rank=64, quant='nf4'),
   'qlora-h100-8': Case('h100-8', 'mistral-7b', 24, 512, targets='q_proj,v_proj', rank=64, quant='nf4'),
   'qlora-v5e-1': Case('v5e-1', 'mistral-7b', 1, 2048, targets='q_proj,v_proj', rank=64, quant='nf4'),
+  'mezo-all': Case('h100-1', 'mistral-7b', 1, 2048, 'none', mezo='all'),
+  'mezo-all-rows': Case('h100-1', 'mistral-7b', 16, 400, 'none', mezo='all'),
+  'mezo-all-v5e-4': Case('v5e-4', 'mistral-7b', 4, 2048, 'none', mezo='all'),
+  'mezo-lora': Case('h100-1', 'mistral-7b', 1, 2048, 'none', 'q_proj,v_proj', 8, mezo='lora'),
   'edge-under': Case('v5e-4', 'mistral-7b', 52, 2048),
   'edge-over': Case('v5e-4', 'mistral-7b', 60, 2048),
 }  # fmt: skip
@@ -102,7 +109,11 @@ def run(name: str) -> dict[str, Any]:
   mapping = config.defaults()
   mapping['model'].update(path=of.model, remat=of.remat, quant=of.quant)
   mapping['data'].update(path='.', max_length=of.length)
-  mapping['lora'].update(targets=of.targets, rank=of.rank)
+  if of.mezo != 'all':
+    mapping['lora'].update(targets=of.targets, rank=of.rank)
+  if of.mezo:
+    mapping['method'] = 'mezo'
+    mapping['mezo'].update(weights=of.mezo)
   mapping['mesh'].update(tensor=of.tensor)
   mapping['train'].update(batch_size=of.rows, grad_accum=of.grad_accum)
   cfg = config.from_mapping(mapping)
@@ -178,7 +189,7 @@ def table(rows: list[dict[str, Any]]) -> str:
       ', '.join(f'{n} x {k}' for k, n in kernels.items()),
       '?' if found is None else str(len(found)),
       f'{largest / 2**20:.1f}',
-      f'{row["bytes"]["adapters"] / 2**20:.0f}',
+      f'{row["bytes"].get("adapters", 0) / 2**20:.0f}',
       f'{row["seconds_wall"]:.0f}',
     ]
     lines.append(f'| {" | ".join(cells)} |')

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that CI checks: format, lint, types, tests, in an environment of
-# its own. `--all` adds live parity with transformers and PEFT on torch, and the
-# newest jax pair where a Python of 3.12 or newer is found.
+# its own. `--all` adds the slow tests, live parity with transformers and PEFT on
+# torch, and the newest jax pair where a Python of 3.12 or newer is found.
 #
 #   bash scripts/test.sh [--all] [pytest arguments]
 set -euo pipefail
@@ -32,6 +32,9 @@ echo '== tests'
 $bin/python -m pytest "${parallel[@]}" "$@"
 
 [[ $all ]] || exit 0
+
+echo '== slow tests'
+$bin/python -m pytest "${parallel[@]}" -m slow
 
 echo '== parity with transformers and PEFT'
 environment .venv-parity "$python" test,parity \

@@ -13,6 +13,7 @@ SCRIPT = Path(__file__).parents[1] / 'scripts' / 'bench_cpu.py'
 SMALL = {'V': 80, 'D': 48, 'L': 3, 'N': 4, 'K': 2, 'H': 12, 'F': 72, 'T': 16}
 
 
+@pytest.mark.slow
 @pytest.mark.compat
 @pytest.mark.parametrize('dtype, tolerance', [('float32', 1e-5), ('bfloat16', 2e-3)])  # fmt: skip
 def test_ours_takes_the_steps_of_a_bare_one(dtype, tolerance):

@@ -71,7 +71,7 @@ BROKEN = {
     _PC,
     ['rows.jsonl.gz', 'gzip'],
   ),
-  'a kind that is not read': ('rows.txt', TWO, _PC, ['rows.txt', '.jsonl']),
+  'a kind that is not read': ('rows.xml', TWO, _PC, ['rows.xml', '.jsonl']),
   'Parquet in name': ('rows.parquet', TWO, _PC, ['rows.parquet', 'Parquet']),
   'half a Parquet file': (
     'rows.parquet', b'PAR1' + b'x' * 99, _PC, ['rows.parquet', 'Parquet']

@@ -66,6 +66,7 @@ def test_no_row_is_too_long_for_the_quickstart():
   assert done.report.longest == cfg.data.max_length
 
 
+@pytest.mark.slow
 def test_three_steps(tmp_path):
   # A process apart has one device and fast programs, as a laptop does.
   run_dir = tmp_path / 'run'

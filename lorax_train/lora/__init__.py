@@ -24,7 +24,7 @@ from lorax_train.lora.spec import LoraSpec, Placement, Whole
 from lorax_train.lora.split import split
 from lorax_train.lora.transform import LowRankError, transform
 from lorax_train.lora.weight import Adapter, Fixed, LoraWeight
-from lorax_train.lora.whole import Original, TunedTable
+from lorax_train.lora.whole import Original, TunedTable, all_whole
 
 __all__ = [
   'Adapter',
@@ -38,6 +38,7 @@ __all__ = [
   'Whole',
   'adapted',
   'algebra',
+  'all_whole',
   'bind',
   'count',
   'fixed_factors',

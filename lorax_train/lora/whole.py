@@ -7,7 +7,7 @@ Axis letters: V vocab, D model, K trained rows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +187,27 @@ def begin(
   )
   # A step gives up the buffers that it updates: never W's own.
   return original, original.taken(w)
+
+
+def all_whole(params: Any, layout: Mapping[str, str]) -> tuple[Any, Any]:
+  """(frozen, trainable) where every leaf is trained whole, in its own dtype.
+
+  The trainable half is `params`, the very arrays: a step may give them up.
+
+  Args:
+    params: plain arrays, or shapes.
+    layout: {path: letters of its axes}, see `split`.
+
+  >>> frozen, trainable = all_whole({'q': jnp.ones((3, 5))}, {'q': 'io'})
+  >>> frozen['q'].shape, trainable['q'].shape
+  ((3, 5), (3, 5))
+  """
+
+  def of(path, w):
+    letters = layout[jax.tree_util.keystr(path, simple=True, separator='/')]
+    return Original(None, tuple(w.shape), jnp.dtype(w.dtype), letters)
+
+  return jax.tree_util.tree_map_with_path(of, params), params
 
 
 def size(original: Original) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lorax_train import lora, parallel
-from lorax_train.config import TrainConfig
+from lorax_train.config import TrainConfig, trains_all
 from lorax_train.formats import quantised
 from lorax_train.plan import flops, liveness, opaque, shapes
 from lorax_train.plan.chips import Topology
@@ -72,7 +72,7 @@ def estimate(
   whole = shapes.shapes_of(cfg, adapters, mesh, length)
   given = {
     'frozen weights': shapes.bytes_of(whole.frozen),
-    'adapters': shapes.bytes_of(whole.state.trainable),
+    _what_is_trained(cfg): shapes.bytes_of(whole.state.trainable),
     'optimizer': shapes.bytes_of(whole.state.opt_state),
     'batch': shapes.bytes_of(whole.batch),
   }
@@ -90,13 +90,15 @@ def estimate(
     )
   saved = liveness.stacked(jaxpr, m.layers, rules)
   logits = _widest(jaxpr, m.vocab)
+  trained = [] if cfg.method == 'mezo' else jax.tree.leaves(own.state.trainable)
   made = {
     'saved activations': saved,
-    'gradients': sum(map(rules.size, jax.tree.leaves(own.state.trainable))),
+    'gradients': sum(map(rules.size, trained)),
     'logits': logits,
     'gathered weights': gathered,
   }
-  peak = liveness.peak(jaxpr, rules) + gathered
+  donated = len(jax.tree.leaves(own.state))
+  peak = liveness.peak(jaxpr, rules, donated) + gathered
   rest = peak - sum(made.values())
   if rest < 0:  # they are not all alive at once
     made['logits'] = max(0, made['logits'] + rest)
@@ -112,6 +114,10 @@ def estimate(
     tokens,
     collectives(cfg, whole, mesh),
   )
+
+
+def _what_is_trained(cfg: TrainConfig) -> str:
+  return 'trained weights' if trains_all(cfg) else 'adapters'
 
 
 def keys_seen(length: int, window: int | None) -> float:
@@ -159,12 +165,14 @@ def _read_and_written(
   The least there can be: what a pass makes and reads again might never leave
   the chip.
   """
-  weights = shapes.bytes_of(own.frozen)
+  state = sum(given.values()) - given['frozen weights'] - given['batch']
+  base = own.state.trainable if trains_all(cfg) else own.frozen
+  weights = shapes.bytes_of(base)
+  if not trains_all(cfg):
+    weights += sum(map(shapes.bytes_of, _trained(own)))
   if not own.model_cfg.tied:
-    weights -= shapes.bytes_of(own.frozen['embed_tokens'])
-  weights += sum(map(shapes.bytes_of, _trained(own)))
-  passes = 3 if cfg.model.remat == 'full' else 2
-  state = given['adapters'] + given['optimizer']
+    weights -= shapes.bytes_of(base['embed_tokens'])
+  passes = 3 if cfg.model.remat == 'full' and cfg.method != 'mezo' else 2
   return cfg.train.grad_accum * (passes * weights + 2 * saved) + 2 * state
 
 

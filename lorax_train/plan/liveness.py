@@ -6,13 +6,14 @@ fused; the buffers that it reads live until it is read. So here: a buffer lives 
 the equation that makes it to the one that reads it last, in the order of the jaxpr.
 Of a loop there is what it carries and stacks, and one run of its body.
 
-The state comes in donated, and what leaves is written over it.
+The state comes in donated, and what leaves is written over it; so does a loop
+that carries an array of the state write over that.
 """
 
 import collections
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -81,12 +82,17 @@ class Rules(NamedTuple):
 PLAIN = Rules()
 
 
-def peak(jaxpr: Any, rules: Rules = PLAIN) -> int:
+def peak(jaxpr: Any, rules: Rules = PLAIN, donated: int = 0) -> int:
   """The most bytes alive at once of what a jaxpr makes.
 
   What comes in is not counted. Shapes are those of one device.
+
+  Args:
+    jaxpr: of the program.
+    rules: of the compiler.
+    donated: how many of the first arrays that come in may be written over.
   """
-  ops, outputs = _flat(getattr(jaxpr, 'jaxpr', jaxpr), rules)
+  ops, outputs = _flat(getattr(jaxpr, 'jaxpr', jaxpr), rules, donated)
   return _peak_of(ops, outputs, set(), rules)
 
 
@@ -138,8 +144,13 @@ def _called(eqn: Any) -> Any:
   return None
 
 
-def _flat(jaxpr: Any, rules: Rules) -> tuple[list[Op], tuple[int, ...]]:
-  """Equations in order, and ids of what leaves; -1, -2, ... come in."""
+def _flat(
+  jaxpr: Any, rules: Rules, donated: int = 0
+) -> tuple[list[Op], tuple[int, ...]]:
+  """Equations in order, and ids of what leaves; -1, -2, ... come in.
+
+  A loop that carries one of the first `donated` makes no other array of it.
+  """
   ops: list[Op] = []
   made, outside = itertools.count(1), itertools.count(-1, -1)
 
@@ -149,8 +160,13 @@ def _flat(jaxpr: Any, rules: Rules) -> tuple[list[Op], tuple[int, ...]]:
       inner = _called(eqn)
       if inner is None:
         reads = tuple(env[a] for a in eqn.invars if not _is_literal(a))
-        makes = {next(made): rules.size(out.aval) for out in eqn.outvars}
-        env.update(zip(eqn.outvars, makes, strict=True))
+        over = _written_over(eqn, env, donated)
+        env.update(over)
+        makes = {}
+        for out in eqn.outvars:
+          if out not in over:
+            env[out] = next(made)
+            makes[env[out]] = rules.size(out.aval)
         bodies = [_of_body(body, eqn, rules) for body in _bodies(eqn)]
         inside = max(bodies, default=0)
         if eqn.primitive.name == 'dot_general':
@@ -167,6 +183,32 @@ def _flat(jaxpr: Any, rules: Rules) -> tuple[list[Op], tuple[int, ...]]:
   env = {var: next(outside) for var in jaxpr.invars}
   visit(jaxpr, env)
   return ops, tuple(0 if _is_literal(v) else env[v] for v in jaxpr.outvars)
+
+
+def _as_long(whole: Sequence[Var], own: Sequence[Var]) -> list[Var]:
+  """Those that a run of a loop's body has as they are, and no slice of."""
+  both = zip(whole, own, strict=True)
+  return [w for w, o in both if len(w.aval.shape) == len(o.aval.shape)]
+
+
+def _written_over(
+  eqn: Any, env: Mapping[Var, int], donated: int
+) -> dict[Var, int]:
+  """{what leaves an equation: the donated array that it is written over}."""
+  name, pairs = eqn.primitive.name, []
+  if name == 'reshape':
+    pairs = [(eqn.outvars[0], eqn.invars[0])]
+  elif name == 'scan':
+    body = eqn.params['jaxpr'].jaxpr
+    carried = _as_long(eqn.outvars, body.outvars)
+    # Constants of the loop come before what it carries.
+    given = _as_long(eqn.invars, body.invars)[-len(carried) or len(body.invars) :]  # fmt: skip
+    pairs = list(zip(carried, given, strict=True))
+  return {
+    out: env[own]
+    for out, own in pairs
+    if not _is_literal(own) and -donated <= env[own] < 0
+  }
 
 
 def _is_literal(atom: Any) -> bool:

@@ -57,7 +57,10 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, extra):
   b, t, n, _ = q_BTNH.shape
   lse_BNT = jax.ShapeDtypeStruct((b, n, t), jnp.float32)
   given = (q_BTNH, k_BTKH, v_BTKH, *extra)
-  made = jax.pure_callback(_nobody, (_like(q_BTNH), lse_BNT), *given)
+  # Of a batch of them, as MeZO's probes are, each is one by itself.
+  made = jax.pure_callback(
+    _nobody, (_like(q_BTNH), lse_BNT), *given, vmap_method='sequential'
+  )
   out_BTNH, lse_BNT = map(functools.partial(checkpoint_name, name=NAME), made)
   return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, extra, out_BTNH, lse_BNT)
 

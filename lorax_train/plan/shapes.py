@@ -18,7 +18,7 @@ from lorax_train.errors import ConfigError
 from lorax_train.models.attention import Kernel
 from lorax_train.models.params import DecoderConfig
 from lorax_train.plan import opaque
-from lorax_train.train import optim, setup
+from lorax_train.train import setup
 from lorax_train.train import state as state_lib
 from lorax_train.train.step import TrainState
 
@@ -57,7 +57,7 @@ def shapes_of(
     length: tokens of a row.
   """
   frozen, trainable = setup.abstract(cfg, adapters, mesh)
-  tx = optim.make_optimizer(setup.optim_config(cfg))
+  tx = setup.optimizer(cfg)
   state = state_lib.abstract_state(tx, frozen, trainable, mesh)
   names = ['ids', 'labels', *(['segments', 'positions'] * cfg.data.packing)]
   of_row: dict[str, tuple[int, ...]] = dict.fromkeys(names, (length,))
@@ -90,7 +90,7 @@ def choices_of(cfg: TrainConfig) -> int:
 
 def traced(cfg: TrainConfig, shapes: Shapes, mesh: Mesh, kernel: Kernel) -> Any:
   """The run's own step, traced on a mesh; `kernel` computes attention."""
-  tx = optim.make_optimizer(setup.optim_config(cfg))
+  tx = setup.optimizer(cfg)
   # Its keys are arrays, which nobody makes on devices that are not there.
   step = setup.make_step(
     cfg, shapes.model_cfg, tx, shapes.frozen, shapes.state, mesh, kernel

@@ -102,14 +102,14 @@ class Nf4Weight(QuantWeight):
 
 def _nf4(codes: Array) -> jax.Array:
   """NF4[codes] by selects: a TPU looks up one number after the other."""
-  values: list[Any] = list(NF4)
+  values: list[Any] = [_bits(value) for value in NF4]
   for bit in range(4):
-    odd = (codes >> bit & 1) == 1
+    odd = _mask(codes >> bit & 1)
     values = [
-      jnp.where(odd, high, low)
+      _select(odd, high, low)
       for low, high in zip(values[::2], values[1::2], strict=True)
     ]
-  return values[0]
+  return _float(values[0])
 
 
 def _dynamic(codes: Array) -> jax.Array:
@@ -121,16 +121,40 @@ def _dynamic(codes: Array) -> jax.Array:
   """
   signed = codes.astype(jnp.int32) - 127
   m = jnp.abs(signed)
-  power: Any = np.float32(0)
-  fraction: Any = np.float32(0)
+  power: Any = np.int32(0)
+  fraction: Any = np.int32(0)
   for p in range(7):
-    reached = m >= 1 << p
-    power = jnp.where(reached, np.float32(10.0 ** (p - 6)), power)
-    fraction = jnp.where(reached, np.float32(0.5**p), fraction)
-  t = (m.astype(jnp.float32) + np.float32(0.5)) * fraction - np.float32(1)
-  value = power * (np.float32(0.1) + np.float32(0.9) * t)
-  value = jnp.where(codes == 255, np.float32(1), value)
+    reached = _mask(m >= 1 << p)
+    power = _select(reached, _bits(10.0 ** (p - 6)), power)
+    fraction = _select(reached, _bits(0.5**p), fraction)
+  t = (m.astype(jnp.float32) + np.float32(0.5)) * _float(fraction)
+  t = t - np.float32(1)
+  value = _float(power) * (np.float32(0.1) + np.float32(0.9) * t)
+  last = jax.lax.bitcast_convert_type(value, jnp.int32)
+  value = _float(_select(_mask(codes == 255), _bits(1.0), last))
   return jnp.where(signed < 0, -value, value)
+
+
+def _bits(value: float) -> np.int32:
+  return np.float32(value).view(np.int32)
+
+
+def _float(bits: Array) -> jax.Array:
+  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _mask(true: Array) -> jax.Array:
+  """All bits where it is true or 1."""
+  return -true.astype(jnp.int32)
+
+
+def _select(mask: Array, high: Array, low: Array) -> Array:
+  """high where all bits are set, else low, of which both may be numbers.
+
+  `jnp.where` makes arrays of numbers, which depend on nothing: jax takes them
+  out of the scan over the layers, and they stay in memory for the backward pass.
+  """
+  return low ^ mask & (low ^ high)
 
 
 def abstract(

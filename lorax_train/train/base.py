@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_train import config as config_lib
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.formats import hf, quantised, safetensors
@@ -42,21 +43,22 @@ def halves(
 ) -> tuple[Tree, Tree]:
   """(frozen, trainable) of a run before its first step, on the mesh.
 
-  Where every weight is trained, it is loaded in float32 and is the trainable
-  half itself, of which there is no copy.
+  Where every weight is trained, it is the trainable half itself, of which there
+  is no copy: in float32, or without gradients in model.param_dtype.
 
   Raises:
     ModelError: see `hf.load_params`.
     ConfigError: see `setup.abstract`.
   """
   model_cfg = adapters.model_cfg
-  if cfg.method == 'full':
+  dtype = jnp.dtype(cfg.model.param_dtype)
+  if config_lib.trains_all(cfg):
     frozen, _ = setup.abstract(cfg, adapters)
     if cfg.model.init == 'random':
       key = jax.random.key(cfg.train.seed)
       return frozen, random_params(key, model_cfg, mesh)
-    return frozen, hf.load_params(model_dir, model_cfg, jnp.float32, mesh)
-  dtype = jnp.dtype(cfg.model.param_dtype)
+    own = dtype if adapters.whole else jnp.float32
+    return frozen, hf.load_params(model_dir, model_cfg, own, mesh)
   params = hf.load_params(model_dir, model_cfg, dtype, mesh)
   stored = safetensors.open_dir(model_dir)
   originals = quantised.originals(stored, model_cfg, mesh)

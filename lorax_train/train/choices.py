@@ -9,23 +9,25 @@ longest choice, D model, V vocab.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lorax_train.data.encoded import Sizes
 from lorax_train.data.sequences import TARGETS
-from lorax_train.data.tokenized import TokenizedSet
 from lorax_train.errors import ConfigError, DataError
 from lorax_train.models import ops
 from lorax_train.train import losses
+
+if TYPE_CHECKING:
+  from lorax_train.data.tokenized import TokenizedSet
 
 Batch = dict[str, jax.Array]
 
 
 def sizes_of(
-  sets: Sequence[TokenizedSet], loss: str, packing: bool
+  sets: 'Sequence[TokenizedSet]', loss: str, packing: bool
 ) -> tuple[Sizes, bool]:
   """The most there is in rows of choices, and whether they are compared.
 

@@ -18,7 +18,7 @@ from lorax_train.data.tokenize import Tokenizer
 from lorax_train.errors import ConfigError, ModelError
 from lorax_train.formats import find, hf_config
 from lorax_train.formats.jsonfile import read_object
-from lorax_train.train import options, setup
+from lorax_train.train import options, reading
 from lorax_train.train.rows import Rows, epochs, paths, templates
 
 Facts = dict[str, Any]
@@ -72,7 +72,7 @@ def describe(cfg: TrainConfig, n_rows: int = 3, *, a_run: bool = True) -> Facts:
   if n_rows < 0:
     raise ConfigError(f'--rows {n_rows}: give 0 for none, or a number')
   model_dir = find.find_model(cfg.model.path, weights=False)
-  rows = setup.read_rows(cfg, model_dir, hf_config.read_config(model_dir))
+  rows = reading.read_rows(cfg, model_dir, hf_config.read_config(model_dir))
   train_set, train_rows, report = (
     rows.learned_set,
     rows.train_rows,

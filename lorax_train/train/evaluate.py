@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data.encoded import NO_LOSS
@@ -29,7 +30,7 @@ from lorax_train.infer.inspection import aligned
 from lorax_train.lora.halves import is_half
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import base as base_lib
-from lorax_train.train import checkpoint, export, options, setup
+from lorax_train.train import checkpoint, export, options, reading, setup
 from lorax_train.train import step as step_lib
 from lorax_train.train.inspection import read_run
 from lorax_train.train.rows import Rows, paths, templates
@@ -98,7 +99,7 @@ def evaluate_run(run_dir: str) -> Report:
   try:
     model_dir = find.find_model(cfg.model.path)
     model_cfg = hf_config.read_config(model_dir)
-    rows = setup.read_rows(cfg, model_dir, model_cfg)
+    rows = reading.read_rows(cfg, model_dir, model_cfg)
   except (DataError, ModelError) as error:
     raise type(error)(
       f'run {run_dir}, whose relative paths count from here: {error}'
@@ -123,7 +124,7 @@ def evaluate_run(run_dir: str) -> Report:
     mesh = setup.make_mesh(cfg)
   except ConfigError:  # it was made for other devices
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-  if cfg.method == 'full':
+  if config_lib.trains_all(cfg):
     report = _evaluate_whole(cfg, rows, model_dir, model_cfg, mesh, trained)
   else:
     cfg = dataclasses.replace(
@@ -181,7 +182,7 @@ def evaluate_file(
   with options.reworded():
     model_dir = find.find_model(model)
     model_cfg = hf_config.read_config(model_dir)
-    every = setup.read_rows(cfg, model_dir, model_cfg)
+    every = reading.read_rows(cfg, model_dir, model_cfg)
   chosen = every._replace(eval_rows=every.train_rows[: rows or None])
   mesh = parallel.make_mesh(devices=jax.devices()[:1])
   return _evaluate(cfg, chosen, model_dir, model_cfg, mesh)
@@ -292,7 +293,7 @@ def _facts(
   of_base = _report('base', base, rows, cfg.model.dtype)
   of_adapted = None
   if adapted is not None:
-    what = 'model' if cfg.method == 'full' else 'adapter'
+    what = 'model' if config_lib.trains_all(cfg) else 'adapter'
     of_adapted = _report(what, adapted, rows, cfg.model.dtype)
   return {
     'model': cfg.model.path,

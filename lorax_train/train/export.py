@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
 from lorax_train.data.sentencepiece_json import missing_files
@@ -19,7 +20,49 @@ Tree = Any
 
 def directory_of(cfg: TrainConfig, run_dir: Path) -> Path:
   """Where a run puts what it has trained."""
-  return run_dir / ('model' if cfg.method == 'full' else 'adapter')
+  return run_dir / ('model' if config_lib.trains_all(cfg) else 'adapter')
+
+
+def write(
+  directory: Path,
+  frozen: Tree,
+  trainable: Tree,
+  adapters: Adapters,
+  cfg: TrainConfig,
+  model_dir: Path,
+  tokenizer: Tokenizer | None,
+  held_out: str,
+) -> None:
+  """Writes what was trained, a PEFT adapter or a model, in one move.
+
+  Args:
+    directory: replaced where it exists.
+    frozen: from `base.halves`.
+    trainable: what is trained.
+    adapters: names and spec of what is adapted.
+    cfg: the run.
+    model_dir: its base, as files.
+    tokenizer: its files go beside an adapter, and the tokenizer.json that a
+      lone tokenizer.model lacks.
+    held_out: the result, in words, for the model card.
+
+  Of several processes one alone writes, and all return when it has.
+
+  Raises:
+    ModelError: numbers that are not finite.
+    OSError: disk full, no rights; what was there before is untouched.
+  """
+  if config_lib.trains_all(cfg):
+    write_model(
+      directory, frozen, trainable, model_dir, cfg, tokenizer, held_out
+    )
+    return
+  # Who loads the adapter can do nothing with a GGUF file.
+  is_file = Path(cfg.model.path).expanduser().is_file()
+  base = str(model_dir) if is_file else cfg.model.path
+  write_adapter(
+    directory, frozen, trainable, adapters, cfg, base, tokenizer, held_out
+  )
 
 
 def write_model(

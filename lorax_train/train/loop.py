@@ -22,6 +22,7 @@ from lorax_train.train import (
   metrics,
   optim,
   plot,
+  reading,
   report,
   rundir,
   samples,
@@ -31,6 +32,7 @@ from lorax_train.train import state as state_lib
 from lorax_train.train.ahead import Ahead, made_ahead
 from lorax_train.train.evaluate import make_evaluate
 from lorax_train.train.metrics import MetricsLog, Progress
+from lorax_train.train.replay import ScalarLog
 from lorax_train.train.rows import banner_lines
 from lorax_train.train.step import TrainState
 from lorax_train.train.stopping import StopRequests, stop_requests
@@ -74,7 +76,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     kernel = setup.attention_kernel(
       cfg, model_cfg, mesh.devices.flat[0].platform
     )
-    rows = setup.read_rows(cfg, model_dir, model_cfg)
+    rows = reading.read_rows(cfg, model_dir, model_cfg)
     inputs = {'data': rows.fingerprint, 'weights': weights}
     shapes, _ = setup.abstract(cfg, adapters)
   together.check_same(inputs)
@@ -116,9 +118,10 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint
-    tx = optim.make_optimizer(setup.optim_config(cfg))
+    tx = setup.optimizer(cfg)
     like = state_lib.abstract_state(tx, frozen, trainable, mesh)
-    state = state_lib.init_state(tx, trainable, like)
+    alone = config_lib.trains_all(cfg)  # there is no base to keep beside it
+    state = state_lib.init_state(tx, trainable, like, alone)
     del trainable  # the state has its own
     factors = state_lib.shapes_of(lora.fixed_factors(frozen))
     found = checkpoint.restore_latest(
@@ -151,33 +154,26 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     make = functools.partial(rows.batch, cfg, mesh)
     with (
       contextlib.closing(_log(run_dir, start)) as log,
+      contextlib.closing(_scalars(cfg, run_dir, start)) as scalars,
       made_ahead(make, range(start, steps)) as batches,
     ):
       look = _make_look(run_dir, evaluate, answer, chosen, log, progress)
       state = _train(
         cfg, run_dir, compiled, look, state, frozen, batches, stop, log,
-        progress,
+        scalars, progress,
       )  # fmt: skip
 
     # --- what was trained, read back before anything is called done
-    held_out = report.held_out(log.lines)
-    if cfg.method == 'full':
-      export.write_model(
-        out_dir, frozen, state.trainable, model_dir, cfg, rows.tokenizer,
-        held_out,
-      )  # fmt: skip
-    else:
-      export.write_adapter(
-        out_dir,
-        frozen,
-        state.trainable,
-        adapters,
-        cfg,
-        # Who loads the adapter can do nothing with a GGUF file.
-        str(model_dir) if _is_file(cfg.model.path) else cfg.model.path,
-        rows.tokenizer,
-        held_out,
-      )
+    export.write(
+      out_dir,
+      frozen,
+      state.trainable,
+      adapters,
+      cfg,
+      model_dir,
+      rows.tokenizer,
+      report.held_out(log.lines),
+    )
   with together.together():
     if together.first():
       if chosen:
@@ -191,8 +187,11 @@ def _log(run_dir: Path, start: int) -> MetricsLog:
     return MetricsLog(run_dir, start, writes=together.first())
 
 
-def _is_file(path: str) -> bool:
-  return Path(path).expanduser().is_file()
+def _scalars(cfg: TrainConfig, run_dir: Path, start: int) -> ScalarLog:
+  with together.together():
+    return ScalarLog(
+      run_dir, start, writes=together.first() and cfg.method == 'mezo'
+    )
 
 
 def _make_look(
@@ -236,6 +235,7 @@ def _train(
   batches: Ahead[tuple[dict[str, jax.Array], int]],
   stop: StopRequests,
   log: MetricsLog,
+  scalars: ScalarLog,
   progress: Progress,
 ) -> TrainState:
   """Steps until the last one, or until asked to stop.
@@ -274,12 +274,13 @@ def _train(
     held_out = at == steps or at % cfg.eval.every == 0
     if save or held_out or at % cfg.train.log_every == 0:
       with together.together():
-        _flush(pending, at, began, waited, schedule, log, progress)
+        _flush(pending, at, began, waited, schedule, log, scalars, progress)
       if held_out:
         look(at, state.trainable)
       if save:
         with together.together():
           log.sync()
+          scalars.sync()
         kept = state._replace(fixed_factors=lora.fixed_factors(frozen))
         checkpoint.save(run_dir / 'checkpoints', at, kept, cfg.checkpoint.keep)
         saved = at
@@ -300,6 +301,7 @@ def _flush(
   waited: float,
   schedule: Callable[[int], Any],
   log: MetricsLog,
+  scalars: ScalarLog,
   progress: Progress,
 ) -> None:
   """Fetches and logs the metrics of the steps since the last time."""
@@ -307,20 +309,25 @@ def _flush(
   seconds = time.monotonic() - began
   tps = sum(tokens for _, tokens in pending) / seconds
   for i, v in enumerate(values, at - len(values)):
-    loss, norm = float(v['loss']), float(v['grad_norm'])
+    loss, what = float(v['loss']), 'grad_norm'
+    if 'slopes' in v:
+      what = 'projected_grad'
+      v[what] = np.sqrt(np.mean(np.square(v['slopes'])))
+      scalars.write(i + 1, v['learning_rate'], v['slopes'])
+    norm = float(v[what])
     if not (np.isfinite(loss) and np.isfinite(norm)):
       raise DivergedError(
-        f'step {i + 1}: loss {loss}, gradient norm {norm}: not finite; lower'
+        f'step {i + 1}: loss {loss}, {what} {norm}: not finite; lower'
         ' train.learning_rate, or look at the rows of this step; earlier'
         ' checkpoints are untouched'
       )
     log.write(
       i + 1,
       loss=loss,
-      grad_norm=norm,
       learning_rate=float(schedule(i)),
       tokens_per_second=tps,
       data_wait=waited / seconds,
+      **{what: norm},
     )
   progress.report(
     at, loss, float(schedule(at - 1)), tps, seconds, waited / seconds

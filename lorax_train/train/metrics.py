@@ -124,9 +124,9 @@ class Progress:
     self._out.flush()
 
 
-def read(run_dir: Path, step: int) -> list[Line]:
+def read(run_dir: Path, step: int, file: str = FILE) -> list[Line]:
   """The lines of the steps that the checkpoint at `step` includes."""
-  path = run_dir / FILE
+  path = run_dir / file
   if not path.exists() or not step:
     return []
   kept = []

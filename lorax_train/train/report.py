@@ -50,12 +50,9 @@ def banner(
     'model': f'{cfg.model.path}, {base:,} parameters',
     'trainable': f'{trainable:,} of {base:,} ({share:.4f} %)',
     'targets': (
-      'every weight' if cfg.method == 'full' else targets(frozen, names)
+      'every weight' if config_lib.trains_all(cfg) else targets(frozen, names)
     ),
-    'precision': (
-      f'compute {cfg.model.dtype}, {_what_is_stored(cfg, frozen)} and optimizer'
-      ' float32'
-    ),
+    'precision': f'compute {cfg.model.dtype}, {_what_is_stored(cfg, frozen)}',
     **_stored(frozen, trainable),
     'devices': f'{mesh.size} {mesh.devices.flat[0].device_kind} ({axes})',
     **rows,
@@ -65,12 +62,15 @@ def banner(
 
 
 def _what_is_stored(cfg: TrainConfig, frozen: Any) -> str:
-  """'frozen weights nf4 and bfloat16, adapters'."""
+  """'frozen weights nf4 and bfloat16, adapters and optimizer float32'."""
   kind, dtype = quantised.kind_of(frozen), cfg.model.param_dtype
   if cfg.method == 'full':
-    return f'seen as {dtype}, weights'
+    return f'seen as {dtype}, weights and optimizer float32'
+  if config_lib.trains_all(cfg):
+    return f'trained weights {dtype}, no gradients and no optimizer'
   kinds = dtype if kind == 'none' else f'{kind} and {dtype}'
-  return f'frozen weights {kinds}, adapters'
+  others = 'adapters' if cfg.method == 'mezo' else 'adapters and optimizer'
+  return f'frozen weights {kinds}, {others} float32'
 
 
 def _stored(frozen: Any, trainable: int) -> dict[str, str]:
@@ -137,7 +137,7 @@ def end_card(
     lines: of metrics.jsonl.
     quant: `model.quant` of the run.
   """
-  what = 'model' if cfg.method == 'full' else 'adapter'
+  what = 'model' if config_lib.trains_all(cfg) else 'adapter'
   out = run_dir / what
   size = sum(path.stat().st_size for path in out.iterdir())
   use = (
@@ -261,8 +261,8 @@ def full_model_card(cfg: TrainConfig, result: str) -> str:
     'model = AutoModelForCausalLM.from_pretrained("path/to/this")',
     '```',
     '',
-    f'- from {"random weights" if drawn else "the base"}, by'
-    f' {cfg.train.optimizer}; weights {cfg.model.param_dtype}',
+    f'- from {"random weights" if drawn else "the base"}, by {_stepped_by(cfg)};'
+    f' weights {cfg.model.param_dtype}',
     *_how(cfg),
     f'- {result}',
     '',
@@ -285,6 +285,10 @@ def _front(cfg: TrainConfig, library: str, tag: str) -> list[str]:
   ]
 
 
+def _stepped_by(cfg: TrainConfig) -> str:
+  return 'MeZO' if cfg.method == 'mezo' else cfg.train.optimizer
+
+
 def _how(cfg: TrainConfig) -> list[str]:
   """Steps, rows and rate, in a line."""
   of_batch = (
@@ -295,5 +299,6 @@ def _how(cfg: TrainConfig) -> list[str]:
   return [
     f'- {cfg.train.steps} steps of {cfg.train.batch_size * cfg.train.grad_accum}'
     f' {of_batch}, template {_templates(cfg)}, peak learning rate'
-    f' {cfg.train.learning_rate:g}, {cfg.train.schedule}'
+    f' {cfg.train.learning_rate:g}, {cfg.train.schedule}',
+    *(['- without gradients, by MeZO'] if cfg.method == 'mezo' else []),
   ]

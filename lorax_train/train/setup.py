@@ -12,9 +12,7 @@ import optax
 from lorax_train import config as config_lib
 from lorax_train import lora, parallel
 from lorax_train.config import TrainConfig
-from lorax_train.data import prepare, tokenize, tokenized
-from lorax_train.data.tokenize import Tokenizer
-from lorax_train.errors import ConfigError, DataError, ModelError
+from lorax_train.errors import ConfigError
 from lorax_train.formats import peft, quant_config, quantised
 from lorax_train.lora.halves import is_half
 from lorax_train.lora.matching import flat
@@ -22,10 +20,9 @@ from lorax_train.models import attention
 from lorax_train.models import params as params_lib
 from lorax_train.models.mistral import Decoder
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import optim
+from lorax_train.train import mezo, optim
 from lorax_train.train import state as state_lib
 from lorax_train.train import step as step_lib
-from lorax_train.train.rows import Rows, arrange
 from lorax_train.train.step import TrainState
 
 Tree = Any
@@ -45,6 +42,7 @@ class Adapters(NamedTuple):
     spec: what is.
     placed: that for each module.
     loaded: the adapter to start from.
+    whole: whether it is all weights themselves, in place and in their dtype.
   """
 
   model_cfg: DecoderConfig
@@ -54,6 +52,7 @@ class Adapters(NamedTuple):
   spec: lora.LoraSpec
   placed: dict[str, lora.Placement | lora.Whole]
   loaded: peft.LoadedAdapter | None
+  whole: bool = False
 
   @property
   def all_names(self) -> dict[str, tuple[str, ...]]:
@@ -64,6 +63,8 @@ class Adapters(NamedTuple):
     self, key: jax.Array, params: Tree, originals: Originals | None = None
   ) -> tuple[Tree, Tree]:
     """(frozen, trainable), see `lora.split`."""
+    if self.whole:
+      return lora.all_whole(params, self.layout)
     return lora.split(
       key,
       params,
@@ -86,14 +87,16 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
     ModelError: lora.init_from does not fit.
   """
   model_cfg = quant_config.as_asked(model_cfg, cfg.model.quant)
-  if cfg.method == 'full':
-    if model_cfg.quant:
+  if config_lib.trains_all(cfg):
+    if model_cfg.quant.kind != 'none':
       raise ConfigError(
         f'method={cfg.method}: the weights of {cfg.model.path} are quantised,'
-        ' and stay so: take unquantised ones, or method=lora'
+        ' and stay so: take unquantised ones, or train adapters'
       )
     parted = model_cfg.tied and not cfg.model.untie
     every = no_adapters(dataclasses.replace(model_cfg, tied=parted))
+    if cfg.method == 'mezo':
+      return every._replace(whole=True)
     names = flat(every.all_names)
     return every._replace(placed={name: lora.Whole() for name in names})
   if cfg.lora.init_from:
@@ -249,61 +252,6 @@ def make_apply(
   )
 
 
-def read_rows(
-  cfg: TrainConfig, model_dir: Path, model_cfg: DecoderConfig
-) -> Rows:
-  """Reads, tokenises and splits the rows.
-
-  Raises:
-    DataError: bad rows, or none left.
-    ModelError: the tokenizer, or that it does not fit the embedding.
-  """
-  tokenizer = _tokenizer(cfg, model_dir, model_cfg)
-
-  options = prepare.Options(
-    cfg.data.max_length,
-    cfg.data.truncation,
-    cfg.data.on_bad_row,
-    cfg.data.cache,
-    cfg.data.separator,
-  )
-
-  def read(path: str, template: str, key: str) -> tokenized.TokenizedSet:
-    try:
-      rows = prepare.prepare(path, template, tokenizer, options)
-    except DataError as error:
-      told = str(error).replace('--config.data.path', f'--config.data.{key}')
-      raise DataError(told) from error
-    tokenized.check_ids(rows, model_cfg.vocab)
-    return rows
-
-  sources = config_lib.sources(cfg.data)
-  key = 'mixture' if cfg.data.mixture else 'path'
-  tokenised = [read(each.path, each.template, key) for each in sources]
-  eval_set = None
-  if cfg.data.eval_path:
-    eval_set = read(cfg.data.eval_path, cfg.data.template, 'eval_path')
-  return arrange(cfg, tokenised, eval_set, tokenizer)
-
-
-def _tokenizer(
-  cfg: TrainConfig, model_dir: Path, model_cfg: DecoderConfig
-) -> Tokenizer | None:
-  """The model's tokenizer; rows of token ids can do without one."""
-  try:
-    tokenizer = tokenize.load_tokenizer(model_dir)
-  except ModelError:
-    sources = config_lib.sources(cfg.data)
-    templates = {each.template for each in sources}
-    if cfg.data.eval_path:
-      templates.add(cfg.data.template)
-    if templates == {'tokens'}:
-      return None
-    raise
-  tokenize.check_vocabulary(tokenizer, model_cfg.vocab)
-  return tokenizer
-
-
 def make_mesh(cfg: TrainConfig) -> jax.sharding.Mesh:
   """The mesh of the configuration, which must be able to cut its batches.
 
@@ -334,6 +282,13 @@ def optim_config(cfg: TrainConfig) -> optim.OptimConfig:
   names = {*optim.OptimConfig.__dataclass_fields__} - {'full'}
   of_train = {n: getattr(cfg.train, n) for n in names}
   return optim.OptimConfig(**of_train, full=cfg.method == 'full')
+
+
+def optimizer(cfg: TrainConfig) -> optax.GradientTransformation:
+  """What makes steps of gradients, and its state; none of either for MeZO."""
+  if cfg.method == 'mezo':
+    return optax.identity()
+  return optim.make_optimizer(optim_config(cfg))
 
 
 def split(
@@ -380,17 +335,35 @@ def make_step(
     mesh: devices.
     kernel: who computes attention.
   """
-  return jax.jit(
-    step_lib.make_train_step(
-      make_apply(cfg, model_cfg, kernel),
+  apply = make_apply(cfg, model_cfg, kernel)
+  step: Any
+  if cfg.method == 'mezo':
+    step = mezo.make_train_step(
+      apply,
+      optim.make_schedule(optim_config(cfg)),
+      mezo.root_key(cfg.train.seed),
+      mezo_config(cfg),
+      cfg.train.loss_chunk,
+    )
+  else:
+    step = step_lib.make_train_step(
+      apply,
       tx,
       noise_key(cfg, frozen),
       cfg.train.neftune_alpha,
       cfg.train.loss_chunk,
-    ),
+    )
+  return jax.jit(
+    step,
     donate_argnums=0,
     out_shardings=(state_lib.shardings_of(state), parallel.replicated(mesh)),
   )
+
+
+def mezo_config(cfg: TrainConfig) -> mezo.MezoConfig:
+  """How a step of method mezo looks around."""
+  of_all = config_lib.trains_all(cfg)
+  return mezo.MezoConfig(cfg.mezo.epsilon, cfg.mezo.probes, not of_all)
 
 
 def noise_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:

@@ -63,12 +63,23 @@ def _beside(
 
 
 def init_state(
-  tx: optax.GradientTransformation, trainable: Tree, like: TrainState
+  tx: optax.GradientTransformation,
+  trainable: Tree,
+  like: TrainState,
+  alone: bool = False,
 ) -> TrainState:
-  """The state before the first step, lying as `like` does."""
+  """The state before the first step, lying as `like` does.
+
+  Args:
+    tx: the optimizer.
+    trainable: its trainable half.
+    like: from `abstract_state`.
+    alone: nobody else has these arrays, and no copy of them is made.
+  """
   init = jax.jit(
     functools.partial(step_lib.init_state, tx=tx),
     out_shardings=shardings_of(like),
+    donate_argnums=0 if alone else (),
   )
   return init(trainable)
 

@@ -28,7 +28,14 @@ from lorax_train.errors import (
 )
 from lorax_train.formats import find, hf, hf_config
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import base, checkpoint, rowchecks, rundir, setup
+from lorax_train.train import (
+  base,
+  checkpoint,
+  reading,
+  rowchecks,
+  rundir,
+  setup,
+)
 from lorax_train.train.rowchecks import FAIL, OK, SKIPPED, WARN, Check, skipped
 from lorax_train.train.rows import Rows
 
@@ -121,7 +128,7 @@ def _adapted(
   shapes = _caught('lora', lambda: setup.abstract(cfg, adapters), checks)
   if shapes is not None:
     told = f'{len(adapters.placed)} modules of the model match'
-    if cfg.method == 'full':
+    if config_lib.trains_all(cfg):
       told = f'none: all {len(adapters.placed)} modules are trained whole'
     checks.append(Check('lora', OK, told))
   return adapters.model_cfg
@@ -181,7 +188,7 @@ def _rows(
   any_id = dataclasses.replace(model_cfg, vocab=_ANY_ID)
 
   def read(cfg: TrainConfig) -> Rows:
-    return setup.read_rows(cfg, model_dir, any_id)
+    return reading.read_rows(cfg, model_dir, any_id)
 
   problems: list[Check] = []
   rows = _caught('rows', lambda: read(cfg), problems)

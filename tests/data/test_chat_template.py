@@ -61,7 +61,14 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize('source', [*SLOW, *LARGE])
+@pytest.mark.parametrize(
+  'source',
+  [
+    SLOW[0],
+    *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW[1:]),
+    *LARGE,
+  ],
+)
 def test_a_bomb_ends_in_one_line(source):
   begin = time.monotonic()
   with pytest.raises((ModelError, RowError)) as caught:

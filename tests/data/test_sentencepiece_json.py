@@ -114,7 +114,9 @@ def test_ids_and_texts_of_any_unicode(toy, text):
   check(*toy, [text])
 
 
-@pytest.mark.parametrize('version', ['mistral-v1', 'mistral-v3'])
+@pytest.mark.parametrize(
+  'version', ['mistral-v1', pytest.param('mistral-v3', marks=pytest.mark.slow)]
+)
 def test_mistral(shared, version):
   pair = pair_of(shared / 'tokenizers' / version / 'tokenizer.model')
   rows = read_rows(str(shared / 'data' / 'alpaca_gpt4_999.json'))

@@ -304,6 +304,7 @@ def test_load_gives_a_function_parameters_and_a_tokenizer(
   ]
 
 
+@pytest.mark.slow
 def test_what_load_gives_can_be_differentiated_twice_and_forwards(golden):
   """Against the kernel of training, which cannot: other code altogether."""
   folder, want, _ = reference(golden, 'mistral_window')

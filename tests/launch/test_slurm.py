@@ -96,6 +96,7 @@ def test_slurm_asks_for_what_a_run_needs():
   assert 'requeue' in options
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   importlib.util.find_spec('lorax_train.distributed') is None,
   reason='a run of several processes',

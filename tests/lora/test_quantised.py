@@ -86,11 +86,15 @@ def test_equals_lora_over_plain_arrays(name, trees):
     return forward(lora.bind(frozen, trainable, key), x)
 
   grad = jax.jit(jax.value_and_grad(loss))
-  results = []
+  results, factors = [], None
   for params in trees:
     frozen, trainable = lora.split(jax.random.key(0), params, spec)
     start = grad(trainable, frozen)[0]
-    trainable = adapters(trainable)
+    # An SVD of what differs in its last bit may turn its vectors: the same pair
+    # for both, then.
+    factors = factors or (lora.fixed_factors(frozen), trainable)
+    frozen = lora.with_fixed_factors(frozen, factors[0])
+    trainable = adapters(factors[1])
     merged = merge(frozen, trainable)['q']
     results.append((start, grad(trainable, frozen), merged))
     assert isinstance(merged, jax.Array)
@@ -100,10 +104,12 @@ def test_equals_lora_over_plain_arrays(name, trees):
     np.testing.assert_allclose(
       results[0][0], jax.jit(forward)(trees[1], x), rtol=1e-5
     )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    *results,
-  )
+
+  def close(a, b):  # gradients go up to 4e4, of which float32 rounds 1e-7
+    atol = 1e-7 * max(1.0, float(abs(b).max()))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
+
+  jax.tree.map(close, *results)
 
 
 def test_merged_keeps_its_dtype_and_is_summed_in_float32(trees):

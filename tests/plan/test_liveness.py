@@ -66,6 +66,21 @@ def test_bytes_alive_at_once(function, expected):
   assert found == pytest.approx(expected, abs=NARROW)
 
 
+def test_a_loop_is_written_over_what_is_given_up():
+  def rewritten(x, w):
+    put = lambda i, x: x.at[i].set(jnp.sin(w[i]))  # noqa: E731
+    rows = jax.lax.fori_loop(0, N // 4, put, x.reshape(N // 4, 4 * N))
+    return rows.reshape(N, N), jnp.sum(rows @ rows.T)
+
+  x = jax.ShapeDtypeStruct((N, N), jnp.float32)
+  w = jax.ShapeDtypeStruct((N // 4, 4 * N), jnp.float32)
+  jaxpr = jax.make_jaxpr(rewritten)(x, w)
+  product = (N // 4) ** 2 * 4
+  for donated, expected in ((0, SQUARE), (1, 0)):
+    found = liveness.peak(jaxpr, donated=donated)
+    assert found == pytest.approx(product + expected, abs=NARROW)
+
+
 def test_what_a_loop_stacks():
   x = jax.ShapeDtypeStruct((N, N), jnp.float32)
   jaxpr = jax.make_jaxpr(stacked)(x, x)

@@ -19,7 +19,7 @@ from lorax_train.errors import ConfigError, DataError
 from lorax_train.formats import hf_config
 from lorax_train.infer.load import load_params
 from lorax_train.models import ops
-from lorax_train.train import choices, loop, samples, setup
+from lorax_train.train import choices, loop, reading, samples, setup
 from lorax_train.train.validate import validate
 from tests.toys import write_model
 
@@ -225,7 +225,7 @@ def formula_of_model(root, numbers):
 def rows_of_run(root, **sections):
   cfg = config.from_mapping(mapping_of(root, **sections))
   model_cfg = hf_config.read_config(root / 'model')
-  return cfg, setup.read_rows(cfg, root / 'model', model_cfg)
+  return cfg, reading.read_rows(cfg, root / 'model', model_cfg)
 
 
 def test_a_run_says_what_the_formula_says(run_dir, root):

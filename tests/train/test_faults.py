@@ -150,6 +150,7 @@ def check_equals_the_whole_run(folder, run_dir):
   assert steps == list(range(1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_twice_and_run_again(folder, tmp_path):
   run_dir, at = tmp_path / 'run', 0
   for number, name, step in [

@@ -128,6 +128,7 @@ def test_random_weights_are_those_of_the_seed_on_any_mesh(one_device):
   assert up.sharding.shard_shape(up.shape) == (3, 16, 24)
 
 
+@pytest.mark.slow
 def test_text_trains_a_model_that_has_no_weights(tmp_path, two_devices):
   model = write_sizes(tmp_path / 'model')
   text = tmp_path / 'stories.txt'
@@ -186,7 +187,7 @@ def test_what_is_trained_is_cut_as_the_weights_are(name, tmp_path):
 
 @pytest.mark.parametrize(('method', 'keys', 'message'), [
   ('full', {'lora': {'rank': 4, 'targets': 'norm'}},
-   r'lora\.targets, lora\.rank: method=full has no adapter: leave that out'),
+   r'lora\.targets, lora\.rank: method=full of all weights has no adapter'),
   ('full', {'train': {'lora_plus_ratio': 2.0}}, r'train\.lora_plus_ratio: meth'),
   ('lora', {'model': {'init': 'random'}}, r'model\.init=random: .* method=full'),
   ('lora', {'train': {'optimizer': 'muon'}}, r'train\.optimizer=muon makes'),

@@ -214,6 +214,7 @@ def test_four_processes_train_what_one_does(folder, capsys):
   check_same(back, folder)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_was_on_another_mesh(folder):
   run_dir = at_step_two(folder / 'one', folder / 'one-then-two')
   argv = command(folder, run_dir, **{'mesh.tensor': 2, 'eval.samples': 1})

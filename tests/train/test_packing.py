@@ -20,7 +20,7 @@ from lorax_train.errors import ResumeError
 from lorax_train.formats import hf, hf_config
 from lorax_train.models import ops
 from lorax_train.models import params as params_lib
-from lorax_train.train import loop, setup
+from lorax_train.train import loop, reading, setup
 from lorax_train.train import step as step_lib
 from tests.train.test_loop import make_config, metrics
 
@@ -171,8 +171,8 @@ def test_a_batch_of_packs_is_the_same_on_any_mesh(
   tiny_model, tokens_file, one_device
 ):
   cfg = packing_config(tiny_model, tokens_file, 'unused')
-  rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
-  again = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+  rows = reading.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+  again = reading.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
   mesh = parallel.make_mesh(2, 4, 1)
   for step in (3, 0):
     want, tokens = rows.batch(cfg, one_device, step)
@@ -182,7 +182,7 @@ def test_a_batch_of_packs_is_the_same_on_any_mesh(
     for name in want:
       np.testing.assert_array_equal(got[name], want[name], strict=True)
   unpacked = packing_config(tiny_model, tokens_file, 'unused', packing=False)
-  rows = setup.read_rows(
+  rows = reading.read_rows(
     unpacked, tiny_model, hf_config.read_config(tiny_model)
   )
   assert set(rows.batch(unpacked, one_device, 0)[0]) == {'ids', 'labels'}

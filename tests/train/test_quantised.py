@@ -82,7 +82,7 @@ def test_loftq_begins_with_what_quantising_lost(tmp_path):
 def test_who_uses_the_adapter_is_told_of_its_base(quant, bits, tmp_path):
   (tmp_path / 'adapter').mkdir()
   cfg = config_of('model', '.', tmp_path, model={'quant': quant})
-  said = report.end_card(tmp_path, Path('model'), [], quant)
+  said = report.end_card(cfg, tmp_path, Path('model'), [])
   assert said.count(f' --quant {quant} ') == 2
   assert f"('model', quantization_config=BitsAndBytesConfig({bits}" in said
   card = report.model_card(cfg, lora.LoraSpec('q_proj'), 'held-out loss 1')

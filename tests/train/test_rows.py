@@ -17,7 +17,7 @@ from lorax_train import config, parallel
 from lorax_train.data.tokenized import Report
 from lorax_train.errors import DataError, ResumeError
 from lorax_train.formats import hf_config
-from lorax_train.train import evaluate, inspection, loop, setup
+from lorax_train.train import evaluate, inspection, loop, reading
 from lorax_train.train.rows import arrange, banner_lines
 from tests.train.test_loop import make_config, metrics
 
@@ -194,7 +194,7 @@ def test_no_row_is_held_out_and_learned_however_its_file_is_called(
     tiny_model, '', 'unused',
     data={'mixture': ({'path': one}, {'path': other, 'template': 'uno_reverse'})},
   )  # fmt: skip
-  rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+  rows = reading.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
   held, learned = (
     [of.where[i].rpartition(' ')[2] for i in numbers]
     for of, numbers in (
@@ -247,7 +247,7 @@ def test_hosts_put_their_parts_together(
     data={'template': 'tokens', 'packing': True, 'max_length': 100},
     train={'grad_accum': 2},
   )  # fmt: skip
-  rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+  rows = reading.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
   mesh = parallel.make_mesh(*sizes)
   host_of = dict(zip(mesh.devices.flat, map(int, layout), strict=True))
   of_hosts = [
@@ -297,7 +297,7 @@ def test_shapes_are_those_of_the_batches(
     cfg = make_config(
       tiny_model, tokens_file, 'unused', data={'template': 'tokens', **data}
     )
-    rows = setup.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
+    rows = reading.read_rows(cfg, tiny_model, hf_config.read_config(tiny_model))
     shapes = rows.shapes(cfg, mesh)
     lengths = set()
     for step in range(20):
@@ -340,7 +340,13 @@ def config_of(model, rows_file, chat_file, run_dir, steps=6, data=None, **more):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize('data', [{'packing': True}, {'buckets': '64,128'}])
+@pytest.mark.parametrize(
+  'data',
+  [
+    pytest.param({'packing': True}, marks=pytest.mark.slow),
+    {'buckets': '64,128'},
+  ],
+)
 def test_a_run_on_a_mixture_learns_resumes_and_says_what_it_reads(
   data, tiny_model, rows_file, chat_file, tmp_path, capsys
 ):
@@ -444,7 +450,7 @@ def test_buckets_hold_less_padding_and_the_same_rows(
       tiny_model, tokens_file, 'unused',
       data={'template': 'tokens', 'buckets': name},
     )  # fmt: skip
-    rows = setup.read_rows(cfg, tiny_model, model_cfg)
+    rows = reading.read_rows(cfg, tiny_model, model_cfg)
     epoch = [rows.batch(cfg, mesh, step)[0] for step in range(7)]
     room[name] = sum(batch['ids'].size for batch in epoch)
     learned[name] = sorted(
