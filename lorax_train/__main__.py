@@ -37,7 +37,7 @@ def _parser(verb: str, about: str | None, *shared: str) -> _Parser:
 
 
 def train(argv: Sequence[str]) -> int:
-  """Train adapters: --config FILE [--config.a.b=v ...]."""
+  """Train adapters or a model: --config FILE [--config.a.b=v ...]."""
   from lorax_train import main
 
   return main.main(['lorax-train train', *argv])

@@ -150,15 +150,22 @@ def _method_problems(cfg: TrainConfig) -> list[str]:
       for field in dataclasses.fields(usual)
       if getattr(cfg.lora, field.name) != getattr(usual, field.name)
     ]
-    if cfg.train.lora_plus_ratio != 1.0:
+    if cfg.method == 'full' and cfg.train.lora_plus_ratio != 1.0:
       odd.append('train.lora_plus_ratio')
     if cfg.model.quant != 'none':
-      odd.append('model.quant')
+      problems.append(
+        f'model.quant={cfg.model.quant}: quantised weights stay as they are: leave it'
+        ' out, or train adapters'
+      )
     if odd:
       problems.append(
         f'{", ".join(odd)}: method={cfg.method} of all weights has no adapter:'
         ' leave that out, or train adapters'
       )
+  if cfg.method != 'mezo' and cfg.mezo != MezoSection():
+    problems.append(
+      'mezo: its keys are of method=mezo: give that, or none of them'
+    )
   if cfg.method == 'mezo':
     problems += [
       f'{name}.{key}={getattr(section, key)!r}: method=mezo makes no use of it:'

@@ -112,7 +112,7 @@ def _mlp(hidden: int) -> int:
 
 def make(args: argparse.Namespace) -> int:
   """Writes the directory; returns how many parameters the model will have."""
-  if args.hidden % args.heads:
+  if args.heads < 1 or args.hidden % args.heads:
     raise errors.ConfigError(
       f'--hidden {args.hidden}: not a multiple of --heads {args.heads}'
     )

@@ -59,7 +59,9 @@ def test_defaults_and_the_required_keys_make_a_configuration():
 
 def test_every_number_survives_the_round_trip():
   given = mapping()
-  for keys in given.values():
+  for name, keys in given.items():
+    if name == 'mezo':  # refused beside another method
+      continue
     for key, value in keys.items() if isinstance(keys, dict) else ():
       if isinstance(value, bool):
         keys[key] = not value

@@ -86,6 +86,11 @@ def _by_name(folder: Path, path: str, suffixes: tuple[str, ...]) -> list[File]:
     plain.add(stem)
     kinds.setdefault(kind, name)
     files.append(_file(folder, path, name))
+  if len(kinds) > 1 and '.txt' in kinds:  # a README beside the data
+    del kinds['.txt']
+    files = [
+      f for f in files if not f.path.removesuffix('.gz').endswith('.txt')
+    ]
   if len(kinds) > 1:
     raise DataError(
       f'{path}: a directory of files of several kinds'

@@ -9,6 +9,8 @@ from lorax_train.errors import DataError
 
 COLUMN = 'text'
 SEPARATOR = '<|endoftext|>'
+# In characters: what is longer and has no separator was hardly meant as one.
+_ONE = 20_000
 
 
 def read_text(
@@ -33,23 +35,29 @@ def read_text(
     separator: what parts documents; '' where the file is one.
 
   Raises:
-    DataError: not UTF-8, or a document that is none.
+    DataError: not UTF-8, or a document that is none: endless, or a long file
+      without the separator.
   """
-  held, line, searched = '', 1, 0
+  held, line, searched, parted = '', 1, 0, False
   for part in streams.texts(stream, file.path):
     held += part
     while (at := held.find(separator, searched) if separator else -1) >= 0:
       yield from _row(held[:at], line, file)
-      end = at + len(separator)
+      parted, end = True, at + len(separator)
       line += held.count('\n', 0, end)
       held, searched = held[end:], 0
     # The separator may be cut here.
     searched = max(0, len(held) - len(separator) + 1)
     if len(held) > MAX_LINE_BYTES:
       raise DataError(
-        f'{file.path}:{line}: a document over {MAX_LINE_BYTES // 2**20} MiB: say'
-        ' what stands between two with --config.data.separator'
+        f'{file.path}:{line}: a document over {MAX_LINE_BYTES // 2**20} MiB: cut'
+        ' it, or say what stands between two: data.separator'
       )
+  if separator and not parted and len(held) > _ONE:
+    raise DataError(
+      f'{file.path}: no {separator!r} in {len(held):,} characters: say what stands'
+      " between two documents, data.separator, or '' if it is one"
+    )
   yield from _row(held, line, file)
 
 

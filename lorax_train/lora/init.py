@@ -65,7 +65,8 @@ def begin(
     )
   if some.init == 'loftq' and not is_quantised(w):
     raise ValueError(
-      'init loftq corrects what quantising lost: load the model quantised'
+      'init loftq corrects what quantising lost, and this weight is not quantised:'
+      ' leave it out of the targets, or load the model quantised'
     )
   if look_up:
     _check_look_up(some)

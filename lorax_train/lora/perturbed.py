@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from lorax_train.lora.halves import is_trained, path_of
+from lorax_train.lora.halves import is_half, is_trained, path_of
 from lorax_train.lora.weight import Fixed, node, product
 from lorax_train.lora.whole import Original
 
@@ -170,7 +170,7 @@ def _mapped(
     lambda half, own: jax.tree.map(lambda _: half, own),
     frozen,
     trainable,
-    is_leaf=lambda x: x is None or is_trained(x),
+    is_leaf=is_half,
   )
   tree: Any
   leaves, tree = jax.tree_util.tree_flatten_with_path(trainable)

@@ -1,7 +1,7 @@
 """Leaves that are trained themselves: whole, or some of their rows.
 
 PEFT calls them `modules_to_save` and `trainable_token_indices`. The trainable
-half is a float32 array; its frozen half says what it belongs to.
+half is an array, float32 but for `all_whole`; its frozen half says what it belongs to.
 
 Axis letters: V vocab, D model, K trained rows.
 """

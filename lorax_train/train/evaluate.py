@@ -97,7 +97,8 @@ def evaluate_run(run_dir: str) -> Report:
       f' {cfg.train.steps}: give its command again to finish it'
     )
   try:
-    model_dir = find.find_model(cfg.model.path)
+    drawn = cfg.model.init == 'random'
+    model_dir = find.find_model(cfg.model.path, weights=not drawn)
     model_cfg = hf_config.read_config(model_dir)
     rows = reading.read_rows(cfg, model_dir, model_cfg)
   except (DataError, ModelError) as error:
@@ -274,7 +275,8 @@ def _evaluate_whole(
     )
     before = evaluate(weights)
     del weights
-    after = evaluate(hf.load_params(trained, model_cfg, jnp.float32, mesh))
+    own = jnp.dtype(cfg.model.param_dtype) if adapters.whole else jnp.float32
+    after = evaluate(hf.load_params(trained, model_cfg, own, mesh))
   return {
     **_facts(cfg, rows, mesh, before, after),
     'adapter': None,

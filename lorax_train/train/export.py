@@ -82,7 +82,7 @@ def write_model(
   Args:
     directory: replaced where it exists.
     frozen: from `base.halves`.
-    trainable: every weight, float32.
+    trainable: every weight.
     model_dir: the base's, for config.json and what belongs to a tokenizer.
     cfg: the run, for the model card.
     tokenizer: of a lone tokenizer.model the lacking tokenizer.json is made.

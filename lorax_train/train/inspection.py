@@ -137,7 +137,7 @@ def _sources(data: Facts) -> str:
 def run_text(facts: Facts) -> str:
   """`run_facts` in words."""
   cfg = facts['config']
-  what = 'model' if cfg['method'] == 'full' else 'adapter'
+  what = 'model' if _trains_all(cfg) else 'adapter'
   made = facts.get(what)
   model, data, train = (cfg[section] for section in ('model', 'data', 'train'))
   held = f', held out: {data["eval_path"]}' if data['eval_path'] else ''
@@ -179,15 +179,22 @@ def run_text(facts: Facts) -> str:
 
 def _method(cfg: Facts) -> dict[str, str]:
   """What is trained, in words."""
-  lora, train = cfg['lora'], cfg['train']
-  if cfg['method'] == 'full':
+  lora, by = cfg['lora'], cfg['train']['optimizer']
+  if cfg['method'] == 'mezo':
+    by = 'MeZO'
+  if _trains_all(cfg):
     drawn = ', from random ones' if cfg['model']['init'] == 'random' else ''
-    return {'method': f'all weights{drawn}, {train["optimizer"]}'}
+    return {'method': f'all weights{drawn}, {by}'}
   words = (
     f'{lora["variant"]}, rank {lora["rank"]}, alpha {lora["alpha"]:g}, targets'
     f' {lora["targets"]}{_besides(lora)}'
   )
-  return {'lora': lora['init_from'] or words}
+  mezo = ', MeZO' if cfg['method'] == 'mezo' else ''
+  return {'lora': (lora['init_from'] or words) + mezo}
+
+
+def _trains_all(cfg: Facts) -> bool:
+  return config_lib.trains_all(config_lib.from_mapping(cfg))
 
 
 def step_text(facts: Facts) -> str:

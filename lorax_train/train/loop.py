@@ -114,23 +114,27 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
     # --- weights onto the mesh, factors beside them
     began = time.monotonic()
     with together.together():
-      frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
+      if done and config_lib.trains_all(cfg):  # the checkpoint has all of it
+        frozen, trainable = setup.abstract(cfg, adapters, mesh)
+      else:
+        frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint
     tx = setup.optimizer(cfg)
     like = state_lib.abstract_state(tx, frozen, trainable, mesh)
-    alone = config_lib.trains_all(cfg)  # there is no base to keep beside it
-    state = state_lib.init_state(tx, trainable, like, alone)
-    del trainable  # the state has its own
     factors = state_lib.shapes_of(lora.fixed_factors(frozen))
     found = checkpoint.restore_latest(
       run_dir / 'checkpoints', like._replace(fixed_factors=factors), say
     )
-    if found is not None:
+    if found is None:
+      alone = config_lib.trains_all(cfg)  # there is no base to keep beside it
+      state = state_lib.init_state(tx, trainable, like, alone)
+    else:
       frozen = lora.with_fixed_factors(frozen, found.fixed_factors)
       state = found._replace(fixed_factors=None)
       say(f'resumed    at step {int(state.step)}')
+    del trainable  # the state has its own
 
     # --- the step: compiled ahead of the loop, for each length of a batch
     began = time.monotonic()

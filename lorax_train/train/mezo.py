@@ -107,7 +107,7 @@ def make_train_step(
       return jax.lax.scan(add, zero, batch)[0]
 
     def of_all(epsilon):
-      if cfg.at_once:
+      if cfg.at_once and cfg.probes > 1:
         return jax.vmap(at, (0, None))(keys, epsilon)
       return jax.lax.map(lambda key: at(key, epsilon), keys)
 

@@ -169,8 +169,8 @@ def by_layer(
 ) -> optax.GradientTransformation:
   """One transformation of each layer's leaves, another of all others.
 
-  Its state is a pair: of the stacks with L in front of everything, and of the
-  rest.
+  Its state is a pair: of the stacks, with L in front of everything, a list by
+  their lengths; and of the rest.
 
   Args:
     of_layer: for the leaves of a layer, without L.
@@ -181,23 +181,39 @@ def by_layer(
 
   def init(params: Tree) -> tuple[Tree, Tree]:
     stacks, rest = _parted(params)
-    return jax.vmap(of_layer.init)(stacks), of_rest.init(rest)
+    each = _by_length(stacks)
+    return list(map(jax.vmap(of_layer.init), each)), of_rest.init(rest)
+
+  def of_stack(args: tuple[Tree, Tree, Tree]) -> tuple[Tree, Tree]:
+    if in_turn:
+      return jax.lax.map(lambda one: of_layer.update(*one), args)
+    return jax.vmap(of_layer.update)(*args)
 
   def update(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
     (stacks, rest), (own, own_rest) = _parted(updates), _parted(params)
-    each = (stacks, state[0], own)
-    if in_turn:
-      of_stacks = jax.lax.map(lambda one: of_layer.update(*one), each)
-    else:
-      of_stacks = jax.vmap(of_layer.update)(*each)
+    each = zip(_by_length(stacks), state[0], _by_length(own), strict=True)
+    of_stacks = list(map(of_stack, each))
     of_others = of_rest.update(rest, state[1], own_rest)
     joined = jax.tree.map(
-      lambda x, of_stack, other: other if of_stack is None else of_stack,
-      updates, of_stacks[0], of_others[0], is_leaf=lambda x: x is None,
+      lambda _, *found: next((x for x in found if x is not None), None),
+      updates, of_others[0], *(found for found, _ in of_stacks),
+      is_leaf=lambda x: x is None,
     )  # fmt: skip
-    return joined, (of_stacks[1], of_others[1])
+    return joined, ([own for _, own in of_stacks], of_others[1])
 
   return optax.GradientTransformation(init, update)
+
+
+def _by_length(stacks: Tree) -> list[Tree]:
+  """The stacks of each length, None where one has another.
+
+  All have the model's layers but those of which some layers alone are trained.
+  """
+  lengths = sorted({len(x) for x in jax.tree.leaves(stacks)})
+  return [
+    jax.tree.map(lambda x, n=n: x if len(x) == n else None, stacks)
+    for n in lengths
+  ]
 
 
 def _parted(tree: Tree) -> tuple[Tree, Tree]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lorax_train import parallel
@@ -129,6 +130,8 @@ def replay(run_dir: str, out: str) -> dict[str, Any]:
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
+    if not adapters.whole:  # PiSSA's and OLoRA's frozen pair is the same arrays
+      trainable = jax.tree.map(jnp.copy, trainable)
     trainable = replayed(cfg, frozen, trainable, log)
     export.write(
       Path(out),

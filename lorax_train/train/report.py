@@ -135,7 +135,6 @@ def end_card(
     run_dir: of the run.
     model_dir: the base, as files.
     lines: of metrics.jsonl.
-    quant: `model.quant` of the run.
   """
   what = 'model' if config_lib.trains_all(cfg) else 'adapter'
   out = run_dir / what

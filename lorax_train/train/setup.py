@@ -93,8 +93,8 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
         f'method={cfg.method}: the weights of {cfg.model.path} are quantised,'
         ' and stay so: take unquantised ones, or train adapters'
       )
-    parted = model_cfg.tied and not cfg.model.untie
-    every = no_adapters(dataclasses.replace(model_cfg, tied=parted))
+    one = model_cfg.tied and not cfg.model.untie
+    every = no_adapters(dataclasses.replace(model_cfg, tied=one))
     if cfg.method == 'mezo':
       return every._replace(whole=True)
     names = flat(every.all_names)
@@ -362,8 +362,9 @@ def make_step(
 
 def mezo_config(cfg: TrainConfig) -> mezo.MezoConfig:
   """How a step of method mezo looks around."""
-  of_all = config_lib.trains_all(cfg)
-  return mezo.MezoConfig(cfg.mezo.epsilon, cfg.mezo.probes, not of_all)
+  # jax's batching of cuDNN's attention leaves the mask of packs as it is.
+  at_once = not config_lib.trains_all(cfg) and not cfg.data.packing
+  return mezo.MezoConfig(cfg.mezo.epsilon, cfg.mezo.probes, at_once)
 
 
 def noise_key(cfg: TrainConfig, frozen: Tree) -> jax.Array | None:

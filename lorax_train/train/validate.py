@@ -27,6 +27,7 @@ from lorax_train.errors import (
   one_line as message_of,
 )
 from lorax_train.formats import find, hf, hf_config
+from lorax_train.lora.matching import flat
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import (
   base,
@@ -103,7 +104,10 @@ def _caught(name: str, function: Callable[[], Any], checks: list[Check]) -> Any:
 def _model(
   cfg: TrainConfig, checks: list[Check]
 ) -> tuple[Path | None, DecoderConfig | None]:
-  model_dir = _caught('model', lambda: find.find_model(cfg.model.path), checks)
+  drawn = cfg.model.init == 'random'
+  model_dir = _caught(
+    'model', lambda: find.find_model(cfg.model.path, weights=not drawn), checks
+  )
   if model_dir is None:
     return None, None
   model_cfg = _caught('model', lambda: hf_config.read_config(model_dir), checks)
@@ -129,7 +133,9 @@ def _adapted(
   if shapes is not None:
     told = f'{len(adapters.placed)} modules of the model match'
     if config_lib.trains_all(cfg):
-      told = f'none: all {len(adapters.placed)} modules are trained whole'
+      told = (
+        f'none: all {len(flat(adapters.all_names))} modules are trained whole'
+      )
     checks.append(Check('lora', OK, told))
   return adapters.model_cfg
 

@@ -44,6 +44,22 @@ def test_a_document_that_is_none_is_told(tmp_path, monkeypatch):
     source.read_rows(str(path))
 
 
+def test_a_long_file_without_its_separator_is_told(tmp_path):
+  path = tmp_path / 'a.txt'
+  path.write_text('a line\n' * 4000)
+  with pytest.raises(
+    DataError, match=r"a\.txt: no '<.*>' in 28,000 characters"
+  ):
+    source.read_rows(str(path))
+  assert len(list(source.iter_rows(source.files_of(str(path)), ''))) == 1
+
+
+def test_a_readme_beside_the_data_is_none_of_it(tmp_path):
+  (tmp_path / 'README.txt').write_text('What this is.')
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
+  assert [r.fields for r in source.read_rows(str(tmp_path))] == [{'text': 'a'}]
+
+
 def test_another_separator_is_another_set(tmp_path, abc_dir, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'caches'))
   path = tmp_path / 'a.txt'

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from lorax_train import lora, parallel
 from lorax_train.lora import LoraSpec, perturbed
+from lorax_train.quant import nf4
+from lorax_train.quant.blockwise import quantise
 
 pytestmark = pytest.mark.usefixtures('strict')
 
@@ -177,3 +179,19 @@ def test_a_step_is_the_same_to_the_bit_on_any_mesh():
   with jax.set_mesh(mesh):
     got = STEP(frozen, cut, keys_of(2), scales)
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_a_quantised_base_is_left_alone():
+  w = np.random.default_rng(0).standard_normal((10, 64)).astype(np.float32)
+  base = jax.tree.map(jnp.asarray, nf4.from_bitsandbytes(quantise(w)))
+  halves = lora.split(
+    jax.random.key(0), {'q': base, 'k': base}, LoraSpec('q', rank=2)
+  )
+  near = perturbed.perturb(*halves, jax.random.key(1), jnp.float32(0.1))
+  assert near['k'] is None
+  assert not np.allclose(near['q'].b, halves[1]['q'].b)
+  bound = lora.bind(halves[0], near)
+  x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+  a, b, scale = near['q'].a, near['q'].b, halves[0]['q'].scale
+  want = x @ base.dequantised() + scale * (x @ a.T) @ b
+  np.testing.assert_allclose(x @ bound['q'], want, rtol=1e-4, atol=1e-4)

@@ -176,7 +176,7 @@ REFUSED = {
   'loftq on a plain array': (
     LoraSpec('norm', init='loftq'),
     {'originals': originals},
-    'norm: init loftq corrects what quantising lost: load the model quantised',
+    'norm: init loftq corrects what quantising lost, and this weight is not',
   ),
   'trained whole': (
     LoraSpec('v', modules_to_save='q'),

@@ -198,3 +198,28 @@ def test_factors_have_all_but_muon_and_padding_stays_zero():
     assert not np.asarray(new.a[1, 2]).any()
     assert (np.asarray(new.b[0]) < 1).all()
     assert jax.tree.structure(updates) == jax.tree.structure(factors)
+
+
+def test_layers_of_which_some_are_trained_are_matrices_too():
+  """Adafactor of stacks of several lengths, and of none: as of each alone."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+  params = {'layers': {'q': draw(3, 128, 130), 'down': draw(1, 130, 128)}}
+  grads = jax.tree.map(lambda x: draw(*x.shape), params)
+  cfg = optim.OptimConfig(1, 0.1, optimizer='adafactor')
+
+  def moved(names):
+    tx = optim.make_optimizer(cfg)
+    own, g = (
+      {'layers': {n: t['layers'][n] for n in names}} for t in (params, grads)
+    )
+    return jax.jit(lambda g, p: tx.update(g, tx.init(p), p)[0])(g, own)[
+      'layers'
+    ]
+
+  both = moved(['q', 'down'])
+  for name in ('q', 'down'):
+    np.testing.assert_allclose(both[name], moved([name])[name], rtol=1e-6)
+  head = {'head': draw(4, 4)}
+  tx = optim.make_optimizer(cfg)
+  assert tx.update(head, tx.init(head), head)[0]['head'].shape == (4, 4)
