@@ -190,6 +190,7 @@ def alone():
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_line_has_what_was_measured(alone):
   assert alone['platform'] == alone['card'] == 'cpu'
   assert alone['versions']['jax'] == jax.__version__
@@ -206,6 +207,7 @@ def test_a_line_has_what_was_measured(alone):
   assert alone['loss_last'] < alone['loss_first']
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does(room, cases, alone, monkeypatch):
   step = room('bench_step')
   monkeypatch.setattr(step, 'ROOF_ON_CPU', (64, 1))

@@ -18,6 +18,12 @@ from lorax_train.train import report, setup
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
+# What other tests train as well waits for the slow ones.
+_SLOW = ('sst2_mezo', 'tiny_pretrain')
+TRAINED = [
+  pytest.param(path, marks=pytest.mark.slow) if path.stem in _SLOW else path
+  for path in CONFIGS
+]
 REFERENCE = ROOT / 'configs' / 'mistral_lora.py'
 QLORA = ROOT / 'configs' / 'mistral_qlora.py'
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.py'))
@@ -104,7 +110,7 @@ def test_a_config_fits_its_model(path, tmp_path):
     assert 0 < trainable < base / 10
 
 
-@pytest.mark.parametrize('path', CONFIGS, **by_name)
+@pytest.mark.parametrize('path', TRAINED, **by_name)
 def test_a_config_trains_two_steps(
   path, tmp_path, tiny_model, rows_file, capfd
 ):

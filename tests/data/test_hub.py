@@ -3,6 +3,8 @@
 import json
 import textwrap
 
+import pytest
+
 from tests import hub
 from tests.hub import SHA
 
@@ -56,6 +58,7 @@ def ask_hub(endpoint, home, *asked, **environment):
   return hub.ask(code, endpoint, home, json.dumps(asked), **environment)
 
 
+@pytest.mark.slow
 def test_parts_of_a_split_are_its_rows(tmp_path):
   """A slice of a table has the files of all of it, which are not its rows."""
   one, two = {'text': 'one'}, {'text': 'two'}

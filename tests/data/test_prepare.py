@@ -257,6 +257,7 @@ def test_the_columns_of_a_terminal():
   assert room._columns(io.StringIO()) == 80
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tmp_path, abc_dir):
   """15 times the rows: ids and labels lie on the disk."""
   program = (

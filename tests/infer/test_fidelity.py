@@ -308,6 +308,7 @@ def test_errors_come_before_the_merge(
   assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_merged_into_what_it_stands_for(
   pair, tmp_path, capsys
 ):

@@ -78,7 +78,9 @@ def verb(capsys, *argv):
 # --- of a run
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'dtype', ['float32', pytest.param('bfloat16', marks=pytest.mark.slow)]
+)
 def test_a_run_gets_the_losses_that_it_logged(
   dtype, finished, tmp_path, capsys
 ):

@@ -198,6 +198,7 @@ def at_step_two(run_dir, to):
   return to
 
 
+@pytest.mark.slow
 @pytest.mark.compat
 def test_four_processes_train_what_one_does(folder, capsys):
   run_dir = folder / 'four'

@@ -50,6 +50,7 @@ def metrics(run_dir, key):
   return [(v['step'], v[key]) for v in values if key in v]
 
 
+@pytest.mark.slow
 def test_the_look_before_the_first_step_is_no_time_of_steps(
   tiny_model, rows_file, tmp_path, monkeypatch
 ):
@@ -170,7 +171,12 @@ def losses_on(mesh, model, steps=5):
 @pytest.mark.compat
 @pytest.mark.parametrize(
   'sizes, small',
-  [((8, 1, 1), 0), ((1, 8, 1), 0), ((2, 2, 2), 0), ((1, 2, 4), 2**26)],
+  [
+    ((2, 2, 2), 0),
+    pytest.param((8, 1, 1), 0, marks=pytest.mark.slow),
+    pytest.param((1, 8, 1), 0, marks=pytest.mark.slow),
+    pytest.param((1, 2, 4), 2**26, marks=pytest.mark.slow),
+  ],
 )
 def test_any_mesh_gives_the_losses_of_one_device(
   sizes, small, tiny_model, one_device, monkeypatch
@@ -313,7 +319,10 @@ def test_a_step_is_compiled_once(tiny_model, rows_file, tmp_path):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize(('lengths', 'steps'), [('', 50), ('24,40', 8)])
+@pytest.mark.parametrize(
+  ('lengths', 'steps'),
+  [pytest.param('', 50, marks=pytest.mark.slow), ('24,40', 8)],
+)
 def test_of_rows_of_all_lengths_the_step_is_compiled_once(
   lengths, steps, tiny_model, tokens_file, tmp_path, capsys
 ):
@@ -358,6 +367,7 @@ def test_a_finished_run_survives_another_data_file(
   assert (run_dir / 'adapter' / 'adapter_model.safetensors').exists()
 
 
+@pytest.mark.slow
 def test_what_begins_from_the_base_resumes_and_is_exported(
   tiny_model, rows_file, tmp_path
 ):

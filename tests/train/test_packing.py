@@ -95,7 +95,9 @@ def test_a_token_in_a_pack_has_the_loss_of_its_row_alone(window, real, strict):
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['none', pytest.param('full', marks=pytest.mark.slow)]
+)
 def test_gradients_of_packs_are_those_of_their_rows(remat, real, strict):
   model_cfg, params, packed, alone = real
   model_cfg = dataclasses.replace(model_cfg, window=16)

@@ -49,6 +49,7 @@ def loftq(w, rank, scale):
   return lost, (u[:, :rank] * s[:rank]) @ vt[:rank] / scale
 
 
+@pytest.mark.slow
 def test_loftq_begins_with_what_quantising_lost(tmp_path):
   model = write_model(tmp_path / 'model', tokenizer=False, **SIZES)
   cfg = config_of(model, '.', tmp_path)

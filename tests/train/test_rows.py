@@ -340,10 +340,11 @@ def config_of(model, rows_file, chat_file, run_dir, steps=6, data=None, **more):
   )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'data',
   [
-    pytest.param({'packing': True}, marks=pytest.mark.slow),
+    {'packing': True},
     {'buckets': '64,128'},
   ],
 )
@@ -377,6 +378,7 @@ def test_a_run_on_a_mixture_learns_resumes_and_says_what_it_reads(
   assert 'template `alpaca`, `prompt_completion`' in card
 
 
+@pytest.mark.slow
 def test_other_verbs_read_a_run_on_a_mixture(
   tiny_model, rows_file, chat_file, tmp_path
 ):
@@ -404,6 +406,7 @@ def test_other_verbs_read_a_run_on_a_mixture(
     evaluate.evaluate_run(str(run_dir))
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_for_each_bucket_ahead_of_the_loop(
   tiny_model,
   tokens_file,

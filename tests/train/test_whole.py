@@ -70,7 +70,14 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize('name', RUNS)
+# Each is a run of its own: one stands for all, but for the slow tests.
+@pytest.mark.parametrize(
+  'name',
+  [
+    *list(RUNS)[:1],
+    *(pytest.param(n, marks=pytest.mark.slow) for n in list(RUNS)[1:]),
+  ],
+)
 def test_what_was_trained_is_what_is_written_and_read(
   name, tmp_path, rows_file, capsys
 ):
