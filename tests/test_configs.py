@@ -19,7 +19,7 @@ from lorax_train.train import report, setup
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
 # What other tests train as well waits for the slow ones.
-_SLOW = ('sst2_mezo', 'tiny_pretrain')
+_SLOW = ('mistral_lora', 'sst2_mezo', 'tiny_pretrain')
 TRAINED = [
   pytest.param(path, marks=pytest.mark.slow) if path.stem in _SLOW else path
   for path in CONFIGS

@@ -35,7 +35,14 @@ BY_XLA = [
 ]
 
 
-@pytest.mark.parametrize(('mesh', 'of'), BY_XLA)
+# A compilation each: two of them stand for all, but for the slow tests.
+@pytest.mark.parametrize(
+  ('mesh', 'of'),
+  [
+    *(pytest.param(*c, marks=pytest.mark.slow) for c in BY_XLA[:-2]),
+    *BY_XLA[-2:],
+  ],
+)
 def test_the_peak_is_that_of_the_compiler(monkeypatch, mesh, of):
   n, sizes = MESHES[mesh]
   cfg, adapters = run(**of, mesh=sizes)

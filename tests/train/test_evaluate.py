@@ -104,6 +104,7 @@ def test_a_run_gets_the_losses_that_it_logged(
   assert report['run'] == str(run_dir)
 
 
+@pytest.mark.slow
 def test_logits_of_a_run_are_as_few_as_in_training(run, monkeypatch):
   chunks = []
 
@@ -146,6 +147,7 @@ def test_a_mesh_of_other_devices_becomes_one_device(run):
   )
 
 
+@pytest.mark.slow
 def test_rows_held_out_in_a_file_of_their_own(tmp_path):
   held = [{'prompt': 'a', 'completion': 'b' * n} for n in (3, 5, 9)]
   path = tmp_path / 'held.json'
@@ -306,6 +308,7 @@ def test_the_base_is_quantised_where_that_is_asked(golden, tmp_path, capsys):
   assert abs(loss - plain) > 1e-2
 
 
+@pytest.mark.slow
 def test_the_first_rows_in_batches_of_any_size(golden, tmp_path):
   model = str(golden / 'mistral_tied' / 'model')
   want = load_file(golden / 'mistral_tied' / 'reference.safetensors')

@@ -179,6 +179,7 @@ def test_asked_to_stop_twice_and_run_again(folder, tmp_path):
   check_equals_the_whole_run(folder, run_dir)
 
 
+@pytest.mark.slow
 def test_killed_twice_and_run_again(folder, tmp_path):
   run_dir, at = tmp_path / 'run', None
   for step in (0, 70):  # before the first checkpoint, and among later ones

@@ -53,6 +53,7 @@ def two_devices(monkeypatch):
   monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
+@pytest.mark.slow
 @pytest.mark.compat
 def test_a_run_writes_the_model_that_it_trained(
   tmp_path, rows_file, capsys, two_devices

@@ -239,6 +239,7 @@ def wait_for(run_dir, step, processes):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_what_becomes_of_one_becomes_of_all(folder):
   run_dir = folder / 'stopped'
   # Lines of the first steps are the reference's; the checkpoint is of the stop.

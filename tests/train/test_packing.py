@@ -136,6 +136,7 @@ def packing_config(model, rows, run_dir, packing=True, **sections):
   return make_config(model, rows, run_dir, data=data, **sections)
 
 
+@pytest.mark.slow
 @pytest.mark.compat
 def test_a_run_on_packs_learns_resumes_and_stays_packed(
   tiny_model, tokens_file, tmp_path, capsys
