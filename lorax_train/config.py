@@ -5,7 +5,7 @@ see configs/mistral_lora.py, and sections.py for the keys.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorax_train.checked import build, indices, pattern
@@ -144,12 +144,8 @@ def _method_problems(cfg: TrainConfig) -> list[str]:
       ' which A and B apart are not: give method=full, or another optimizer'
     )
   if trains_all(cfg):
-    usual = LoraSection()
-    odd = [
-      f'lora.{field.name}'
-      for field in dataclasses.fields(usual)
-      if getattr(cfg.lora, field.name) != getattr(usual, field.name)
-    ]
+    fields = [field.name for field in dataclasses.fields(cfg.lora)]
+    odd = [f'lora.{key}' for key in _changed(cfg.lora, fields)]
     if cfg.method == 'full' and cfg.train.lora_plus_ratio != 1.0:
       odd.append('train.lora_plus_ratio')
     if cfg.model.quant != 'none':
@@ -172,10 +168,15 @@ def _method_problems(cfg: TrainConfig) -> list[str]:
       ' leave it out'
       for name, keys in _OF_GRADIENTS.items()
       for section in [getattr(cfg, name)]
-      for key in keys
-      if getattr(section, key) != getattr(type(section)(), key)
+      for key in _changed(section, keys)
     ]
   return problems
+
+
+def _changed(section: Any, keys: Sequence[str]) -> list[str]:
+  """Those keys of a section that are not at their default."""
+  usual = type(section)()
+  return [key for key in keys if getattr(section, key) != getattr(usual, key)]
 
 
 # What a step without gradients has no use for.

@@ -229,20 +229,12 @@ def _evaluate(
       quant_config.as_asked(model_cfg, cfg.model.quant)
     )
   model_cfg = adapters.model_cfg
-  kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
   with jax.set_mesh(mesh):
     params = hf.load_params(
       model_dir, model_cfg, jnp.dtype(cfg.model.param_dtype), mesh
     )
     frozen, trainable = setup.split(cfg, params, adapters)
-    evaluate = make_evaluate(
-      setup.make_apply(cfg, model_cfg, kernel),
-      frozen,
-      rows,
-      cfg.train.batch_size,
-      mesh,
-      cfg.train.loss_chunk,
-    )
+    evaluate = _evaluator(cfg, model_cfg, frozen, rows, mesh)
     base = evaluate(*_switched_off(frozen, trainable, params))
     adapted = evaluate(trainable) if adapters.loaded else None
   return {
@@ -262,17 +254,9 @@ def _evaluate_whole(
   """Losses of what a run of all weights started from, and of what it wrote."""
   adapters = setup.plan_adapters(cfg, model_cfg)
   model_cfg = adapters.model_cfg
-  kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
   with jax.set_mesh(mesh):
     frozen, weights = base_lib.halves(cfg, model_dir, adapters, mesh)
-    evaluate = make_evaluate(
-      setup.make_apply(cfg, model_cfg, kernel),
-      frozen,
-      rows,
-      cfg.train.batch_size,
-      mesh,
-      cfg.train.loss_chunk,
-    )
+    evaluate = _evaluator(cfg, model_cfg, frozen, rows, mesh)
     before = evaluate(weights)
     del weights
     own = jnp.dtype(cfg.model.param_dtype) if adapters.whole else jnp.float32
@@ -282,6 +266,25 @@ def _evaluate_whole(
     'adapter': None,
     'trained': str(trained),
   }
+
+
+def _evaluator(
+  cfg: TrainConfig,
+  model_cfg: DecoderConfig,
+  frozen: Tree,
+  rows: Rows,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., dict[str, float]]:
+  """`make_evaluate` of a run's model, on its held-out rows."""
+  kernel = setup.attention_kernel(cfg, model_cfg, mesh.devices.flat[0].platform)
+  return make_evaluate(
+    setup.make_apply(cfg, model_cfg, kernel),
+    frozen,
+    rows,
+    cfg.train.batch_size,
+    mesh,
+    cfg.train.loss_chunk,
+  )
 
 
 def _facts(

@@ -77,22 +77,8 @@ def write_model(
   """Writes a model of which every weight was trained, in one move.
 
   Its numbers are those that the model saw, in model.param_dtype: the held-out
-  loss of the run is that of the files. They are read back before that.
-
-  Args:
-    directory: replaced where it exists.
-    frozen: from `base.halves`.
-    trainable: every weight.
-    model_dir: the base's, for config.json and what belongs to a tokenizer.
-    cfg: the run, for the model card.
-    tokenizer: of a lone tokenizer.model the lacking tokenizer.json is made.
-    held_out: the result, in words, for the model card.
-
-  Of several processes one alone writes, and all return when it has.
-
-  Raises:
-    ModelError: numbers that are not finite in model.param_dtype.
-    OSError: disk full, no rights; what was there before is untouched.
+  loss of the run is that of the files. They are read back before that. Arguments
+  and errors are those of `write`.
   """
   params = parallel.fetch(lora.merge(frozen, trainable))
   with together():
@@ -129,21 +115,7 @@ def write_adapter(
 ) -> None:
   """Writes a PEFT adapter directory in one move, after reading it back.
 
-  Args:
-    directory: replaced where it exists.
-    frozen: from `lora.split`.
-    trainable: the factors, and what is trained whole.
-    adapters: names and spec of what is adapted.
-    cfg: the run, for the model card.
-    base: what the adapter says it was trained on.
-    tokenizer: its files go beside the adapter, and the tokenizer.json that a
-      lone tokenizer.model lacks.
-    held_out: the result, in words, for the model card.
-
-  Of several processes one alone writes, and all return when it has.
-
-  Raises:
-    OSError: disk full, no rights; what was there before is untouched.
+  `base` is what the adapter says it was trained on; the rest is as in `write`.
   """
   trainable = parallel.fetch(trainable)
   factors = parallel.fetch(lora.fixed_factors(frozen))

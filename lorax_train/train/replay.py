@@ -17,7 +17,7 @@ import numpy as np
 from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, ResumeError
-from lorax_train.formats import find, hf_config, hf_save, safetensors
+from lorax_train.formats import find, hf_config, hf_save
 from lorax_train.train import base, export, metrics, mezo, reading, setup
 from lorax_train.train import state as state_lib
 from lorax_train.train.checkpoint import write_atomically
@@ -117,13 +117,13 @@ def replay(run_dir: str, out: str) -> dict[str, Any]:
     )
   log = read(directory)
   model_dir = find.find_model(cfg.model.path)
-  now = safetensors.fingerprint(safetensors.open_dir(model_dir))
-  if now != inputs.get('weights'):
+  model_cfg = hf_config.read_config(model_dir)
+  if base.fingerprint(cfg, model_dir, model_cfg) != inputs.get('weights'):
     raise ResumeError(
       f'run {run_dir}: the weights of {cfg.model.path} are not those that it'
       ' started from: put them back'
     )
-  adapters = setup.plan_adapters(cfg, hf_config.read_config(model_dir))
+  adapters = setup.plan_adapters(cfg, model_cfg)
   try:
     mesh = setup.make_mesh(cfg)
   except ConfigError:  # it was made for other devices, which is all one here
