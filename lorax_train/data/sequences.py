@@ -185,9 +185,14 @@ class _Each:
 
 
 def shapes(sizes: Sizes, length: int) -> dict[str, tuple[int, ...]]:
-  """What a row of a batch of choices is, by name, each int32."""
+  """What a row of a batch of choices is, by name, each int32.
+
+  Where no choice is longer than a token the prompt alone tells how likely each
+  is: it is the only sequence.
+  """
+  n_sequences = 1 if sizes.choice == 1 else sizes.choices
   return {
-    'ids': (sizes.choices, length),
+    'ids': (n_sequences, length),
     TARGETS: (sizes.choices, sizes.choice),
     'begins': (sizes.choices,),
   }
@@ -203,9 +208,10 @@ def take(
   """Rows of choices by their numbers as a batch, filled up at the right.
 
   Returns:
-    `ids` int32 [B, C, T], the right choice first; `targets` int32 [B, C, K], the
-    ids of each choice, -100 behind them and where a row has fewer choices;
-    `begins` int32 [B, C], where each choice begins among ids. Of EMPTY, padding.
+    `ids` int32 [B, C, T], the right choice first, or [B, 1, T], the prompt that
+    all choices of one token follow; `targets` int32 [B, C, K], the ids of each
+    choice, -100 behind them and where a row has fewer choices; `begins` int32
+    [B, C], where each choice begins among ids. Of EMPTY, padding.
 
   Raises:
     ValueError: a sequence is longer than `length`.
@@ -223,7 +229,10 @@ def take(
       if len(ids) > length:
         raise ValueError(f'row {b} has {len(ids)} tokens, the batch {length}')
       begin = int((labels != NO_LOSS).argmax())
-      batch['ids'][b, c, : len(ids)] = ids
+      if sizes.choice == 1:
+        batch['ids'][b, 0, :begin] = ids[:begin]
+      else:
+        batch['ids'][b, c, : len(ids)] = ids
       batch[TARGETS][b, c, : len(ids) - begin] = ids[begin:]
       batch['begins'][b, c] = begin
   return batch

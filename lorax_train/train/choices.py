@@ -3,8 +3,9 @@
 A text's score is its mean log-likelihood a token behind the prompt, as MeZO
 takes it (Malladi et al. 2023, arXiv 2305.17333): sums would favour short texts.
 
-Axis letters: B rows, C choices, S sequences (B C), T tokens, K tokens of the
-longest choice, D model, V vocab.
+Axis letters: B rows, C choices, S sequences (B C, or B where each row's are all
+behind one prompt), T tokens, K tokens of the longest choice (there of all of the
+row's choices), D model, V vocab.
 """
 
 import functools
@@ -97,10 +98,11 @@ def likelihoods(
     chunk: see `losses.next_token_loss_of_states`.
   """
   targets_BCK = batch[TARGETS]
-  target_SK = targets_BCK.reshape(-1, targets_BCK.shape[-1])
   # What stands before a token predicts it.
-  k_1K = jnp.arange(target_SK.shape[-1])[None]
-  at_SK = batch['begins'].reshape(-1, 1) - 1 + k_1K
+  k_11K = jnp.arange(targets_BCK.shape[-1])[None, None]
+  at_BCK = batch['begins'][..., None] - 1 + k_11K
+  n_sequences = batch['ids'].shape[0] * batch['ids'].shape[1]
+  target_SK, at_SK = (x.reshape(n_sequences, -1) for x in (targets_BCK, at_BCK))
   taken = out.x_BTD if isinstance(out, ops.BeforeHead) else out
   at_SK = jnp.minimum(at_SK, taken.shape[1] - 1)
   taken = losses.taken(taken, at_SK)

@@ -159,6 +159,18 @@ def test_a_batch_holds_every_choice_and_fills_up(abc):
     sequences.take(tokenized, [0], tokenized.report.sizes, 3, 9)
 
 
+def test_choices_of_one_token_share_a_sequence(abc):
+  tokenized = made(abc, choice('c', 'a', 'b', answer=1), choice('cc', 'b', 'a'))
+  sizes = tokenized.report.sizes
+  assert sizes == Sizes(choices=2, length=4, choice=1)
+  batch = sequences.take(tokenized, [1, -1, 0], sizes, 4, 9)
+  assert batch['ids'].tolist() == [[[1, 5, 5, 9]], [[9] * 4], [[1, 5, 9, 9]]]
+  assert batch['targets'].tolist() == [[[4], [3]], [[_], [_]], [[4], [3]]]
+  assert batch['begins'].tolist() == [[3, 3], [1, 1], [2, 2]]
+  for name, shape in sequences.shapes(sizes, 4).items():
+    assert batch[name].shape == (3, *shape)
+
+
 def test_the_right_ones_alone(abc):
   rows = choice('c', 'a', 'bb', answer=1), choice('cc', 'b', 'c')
   both = Joined([made(abc, row) for row in rows])

@@ -100,6 +100,29 @@ def test_every_figure_is_that_of_the_formula(chunk):
 
 
 @pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('chunk', [None, 0, 36])
+def test_choices_of_one_token_share_their_prompt(chunk):
+  rows = [([1, 2, 3], [[4], [5]]), ([7], [[8], [3], [9]]), ([], [])]
+  batch = batch_of(rows)
+  batch = {
+    'ids': batch['ids'][:, :1].at[0, 0, 3:].set(0).at[1, 0, 1:].set(0),
+    'targets': batch['targets'][:, :, :1],
+    'begins': batch['begins'],
+  }
+  keys = jax.random.split(jax.random.key(5), 2)
+  x = jax.random.normal(keys[0], (len(rows), T, D))
+  w = jax.random.normal(keys[1], (D, V))
+  out = x @ w if chunk is None else ops.BeforeHead(x, w)
+  of = choices.likelihoods(out, batch, chunk or 0)
+  each = np.broadcast_to((x @ w)[:, None], (len(rows), 3, T, V))
+  want = by_formula(each, rows)
+  measures = choices.cross_entropy, choices.next_token_loss, choices.hits
+  for measure, (total, n) in zip(measures, want, strict=True):
+    np.testing.assert_allclose(measure(of)[0], total, rtol=1e-5)
+    assert int(measure(of)[1]) == n
+
+
+@pytest.mark.usefixtures('strict')
 def test_gradients_by_chunks_are_those_of_all_logits():
   _, states = logits_and_states()
 
