@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   cfg.data.truncation = 'right'
   cfg.data.packing = True
 
-  cfg.train.steps = 1000
+  cfg.train.steps = 600
   cfg.train.batch_size = 4
   cfg.train.optimizer = 'muon'
   cfg.train.learning_rate = 5e-3
@@ -42,6 +42,6 @@ def get_config() -> ConfigDict:
   cfg.train.schedule = 'cosine'
   cfg.train.warmup_steps = 50
 
-  cfg.eval.every = 200
+  cfg.eval.every = 100
   cfg.eval.samples = 1  # text has no prompt: they would all be alike
   return cfg
