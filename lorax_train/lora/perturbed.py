@@ -8,7 +8,7 @@ Numbers are drawn by threefry, which gives the same ones on any mesh.
 Drawing takes some 16 bytes a number, so it goes by parts: the matrices of a
 layer scan one layer at a time, where they are used, and a large array by chunks
 of its rows. A chunk is every n-th row, for rows that devices share stay where
-they are.
+they are; of rows that nothing near n divides, which no mesh cuts either, a block.
 
 Axis letters: P directions, L layers, R rank.
 """
@@ -220,7 +220,6 @@ def moved(w: Array, keys: Array, scales: Array, dtype: Any = None) -> Array:
   """
   rows, *rest = w.shape or (1,)
   n = chunks_of(rows, math.prod(rest))
-  shape = (rows // n, n, *rest)
 
   def chunk(w: Array, keys: Array) -> Array:
     total = w.astype(jnp.float32)
@@ -236,26 +235,41 @@ def moved(w: Array, keys: Array, scales: Array, dtype: Any = None) -> Array:
 
   if n == 1:
     return chunk(w, keys)
-  source = w.reshape(shape)
+  strided = rows % n == 0
+  length = -(-rows // n)
+  source = w.reshape(length, n, *rest) if strided else w
 
   def put(at, out):
     whole = out if dtype is None else source
     of_chunk = jax.vmap(jax.random.fold_in, (0, None))(keys, at)
-    part = chunk(lax.dynamic_index_in_dim(whole, at, 1, False), of_chunk)
-    return lax.dynamic_update_index_in_dim(out, part, at, 1)
+    if strided:
+      part = chunk(lax.dynamic_index_in_dim(whole, at, 1, False), of_chunk)
+      return lax.dynamic_update_index_in_dim(out, part, at, 1)
+    # The last block begins early, and leaves what it shares with another.
+    first = jnp.minimum(at * length, rows - length)
+    part = chunk(lax.dynamic_slice_in_dim(whole, first, length), of_chunk)
+    own = first + jnp.arange(length) >= at * length
+    own = own.reshape(length, *(1 for _ in rest))
+    before = lax.dynamic_slice_in_dim(out, first, length)
+    part = jnp.where(own, part, before)
+    return lax.dynamic_update_slice_in_dim(out, part, first, 0)
 
-  out = source if dtype is None else jnp.zeros(shape, dtype)
+  out = source if dtype is None else jnp.zeros(source.shape, dtype)
   return lax.fori_loop(0, n, put, out).reshape(w.shape)
 
 
 def chunks_of(rows: int, numbers: int) -> int:
   """Into how many chunks of whole rows an array is cut, by its shape alone.
 
+  As many as divide the rows, if that is not far more than are needed.
+
   >>> chunks_of(14336, 4096), chunks_of(32000, 4096), chunks_of(30, 576)
   (14, 32, 1)
+  >>> chunks_of(32001, 4096)
+  32
   """
-  least = max(1, -(-rows * numbers // AT_ONCE))
-  return next((n for n in range(least, rows + 1) if rows % n == 0), rows)
+  least = min(max(1, -(-rows * numbers // AT_ONCE)), rows)
+  return next((n for n in range(least, 4 * least) if rows % n == 0), least)
 
 
 def rounded(x: Array, key: Array, dtype: Any) -> Array:

@@ -113,6 +113,25 @@ def test_directions_are_normal_and_of_their_own_everywhere(monkeypatch):
   assert alike.max() < 5 / np.sqrt(4096)
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_rows_that_nothing_divides_are_drawn_in_as_few_parts(
+  dtype, monkeypatch
+):
+  monkeypatch.setattr(perturbed, 'AT_ONCE', 2**9)
+  assert perturbed.chunks_of(1009, 16) == 32  # 1,009 is a prime
+  w = jnp.zeros((1009, 16), dtype)
+  halves = lora.all_whole({'a': w}, {'a': 'io'})
+  (key,) = keys_of(1)
+  z = jax.tree.leaves(directions(*lora.all_whole({'a': w.astype(jnp.float32)}, {'a': 'io'}), [key])[0])[0]  # fmt: skip
+  assert abs(z.mean()) < 4 / np.sqrt(z.size)
+  assert abs(z.var() - 1) < 4 * np.sqrt(2 / z.size)
+  assert len(np.unique(z[:, 0])) == 1009  # no row twice
+  near = jax.jit(perturbed.perturb)(*halves, key, jnp.float32(0.5))['a']
+  np.testing.assert_allclose(near, (0.5 * z).astype(dtype), atol=1e-6)
+  moved = STEP(*halves, key[None], jnp.float32([0.5]))['a']
+  np.testing.assert_allclose(moved, 0.5 * z, atol=1e-6 if dtype == jnp.float32 else 0.02)  # fmt: skip
+
+
 def test_what_pads_an_adapter_stays_and_all_else_moves():
   names = {'q': ('m.0.q', 'm.1.q', 'm.2.q')}
   spec = LoraSpec(r'm\.[02]\.q', rank=4, rank_pattern={'m.2.q': 2})
