@@ -69,12 +69,15 @@ class ScalarLog:
 def read(run_dir: Path) -> list[tuple[np.float32, np.ndarray]]:
   """(learning rate, slopes [P]) of step 0, 1, ...
 
+  A line that has no end is of a step that was cut off, and does not count.
+
   Raises:
     ResumeError: a step is missing, or a line is damaged.
   """
   path = run_dir / FILE
   try:
-    lines = list(map(json.loads, path.read_text('utf-8').splitlines()))
+    texts = path.read_text('utf-8').split('\n')[:-1]
+    lines = list(map(json.loads, texts))
     steps = [line['step'] for line in lines]
     found = [
       (np.float32(x['learning_rate']), np.array(x['slopes'], np.float32))

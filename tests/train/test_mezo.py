@@ -242,13 +242,21 @@ def test_what_cannot_be_replayed(
     cfg = make_config(tiny_model, rows_file, run_dir)
   loop.rundir.write_config(run_dir, config.to_mapping(cfg), {'weights': 'old'})
   line = '{"step": %d, "learning_rate": 0.1, "slopes": [0.5]}\n'
-  text = {'cut': line[:30], 'gap': line % 2}.get(harm, line % 1)
+  text = {'cut': line[:30] + '\n', 'gap': line % 2}.get(harm, line % 1)
   if harm != 'gone':
     (run_dir / replay.FILE).write_text(text)
   if harm == 'there':
     out.mkdir()
   with pytest.raises(error, match=says):
     replay.replay(str(run_dir), str(out))
+
+
+def test_a_line_that_was_cut_off_is_no_step(tmp_path):
+  line = '{"step": %d, "learning_rate": 0.1, "slopes": [0.5, 2]}\n'
+  (tmp_path / replay.FILE).write_text(line % 1 + line % 2 + (line % 3)[:-1])
+  log = replay.read(tmp_path)
+  assert [rate for rate, _ in log] == [np.float32(0.1)] * 2
+  assert [slopes.tolist() for _, slopes in log] == [[0.5, 2.0]] * 2
 
 
 # (keys, what is wrong with them)
