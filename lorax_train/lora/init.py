@@ -30,7 +30,10 @@ from lorax_train.lora.weight import (
 if TYPE_CHECKING:
   from lorax_train.lora.spec import Placement
 
-INITS = ('default', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq')
+INITS = (
+  *('default', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq'),
+  'whitened',
+)
 FROM_BASE = ('pissa', 'olora')
 
 Pair = tuple[jax.Array, jax.Array]
@@ -42,7 +45,7 @@ def begin(
   axes: str,
   places: Sequence['Placement | None'],
   look_up: bool = False,
-  original: Callable[[int], Any] | None = None,
+  given: Callable[[int], Any] | None = None,
 ) -> tuple[Fixed, Adapter]:
   """Both halves of a leaf before the first step.
 
@@ -53,7 +56,7 @@ def begin(
     places: the adapter of each stack index, row-major; at least one is there.
     look_up: whether it is an embedding, see `Fixed.look_up`. Then A begins
       with zeros and B is random (PEFT's), and nothing is dropped.
-    original: W [in, out] of a stack index before it was quantised (LoftQ).
+    given: what a way of beginning wants of a stack index, see `split`.
 
   Raises:
     ValueError: a rank or a leaf that this way of beginning can't have.
@@ -80,7 +83,7 @@ def begin(
   rate = per_index(drops) if any(drops) else None
   ranks = tuple(p.rank if p else 0 for p in places)
   kind = 'look-up' if look_up else some.init
-  a, b = _factors(kind, key, w, axes, places, original)
+  a, b = _factors(kind, key, w, axes, places, given)
   fixed = Fixed(w, scale, rate, ranks, axes, look_up=look_up)
   adapter = Adapter(
     axes_lib.unflatten(a, w.shape, axes, 'i'),
@@ -149,7 +152,7 @@ def _factors(
   w: Any,
   axes: str,
   places: Sequence['Placement | None'],
-  original: Callable[[int], Any] | None = None,
+  given: Callable[[int], Any] | None = None,
 ) -> Pair:
   """A [*stack, R, in] and B [*stack, R, out], in and out flattened.
 
@@ -169,22 +172,29 @@ def _factors(
       return jnp.zeros(shape_a, jnp.float32), _live(b, live)
     a = {'default': default, 'gaussian': gaussian}[kind](key, shape_a)
     return _live(a, live), jnp.zeros(shape_b, jnp.float32)
-  if kind == 'loftq' and original is None:
+  if kind == 'loftq' and given is None:
     raise ValueError(
       'init loftq wants the weights as they were before quantising: give split'
-      ' originals'
+      ' givens'
+    )
+  if kind == 'whitened' and given is None:
+    raise ValueError(
+      "init whitened wants the second moments of the leaf's inputs: give split"
+      ' givens (lora.inputs)'
     )
   matrices = None
-  if kind != 'orthogonal':
+  if kind not in ('orthogonal', 'whitened'):
     matrices = _flat_stack(axes_lib.to_matrices(w, axes), len(stack))
 
   def of(i: int, place: 'Placement') -> Pair:
     if kind == 'orthogonal':
       own = jax.random.fold_in(key, i)
       return orthogonal(own, n_in, n_out, place.rank)
+    if kind == 'whitened' and given is not None:
+      return whitened(given(i), n_out, place.rank)
     matrix = plain(jax.tree.map(lambda x: x[i], matrices), jnp.float32)
-    if kind == 'loftq' and original is not None:
-      return loftq_factors(original(i), matrix, place.rank, place.scale)
+    if kind == 'loftq' and given is not None:
+      return loftq_factors(given(i), matrix, place.rank, place.scale)
     return from_base(kind, matrix, place.rank, place.scale)
 
   halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
@@ -261,6 +271,34 @@ def olora(w: jax.Array, rank: int) -> Pair:
   """R columns of the QR of W^T (Büyükakyüz 2024): B orthonormal, A the rest."""
   q, r = jnp.linalg.qr(w.T)
   return r[:rank], q.T[:rank]
+
+
+def whitened(moments: jax.Array, n_out: int, rank: int) -> Pair:
+  """A [R, in] that makes R uncorrelated features of mean square 1; B is zero.
+
+  The directions are EVA's (Paischer et al. 2024), those along which the inputs
+  are largest; divided by how large, none of them drowns the others.
+
+  Args:
+    moments: [in, in] mean of x x^T over inputs x.
+    n_out: out.
+    rank: R.
+  """
+  n_in = len(moments)
+  if rank > n_in:
+    raise ValueError(
+      f'init whitened: rank {rank} is above the {n_in} inputs of a weight'
+    )
+  squares, directions = jnp.linalg.eigh(moments.astype(jnp.float32))
+  squares, directions = squares[::-1][:rank], directions.T[::-1][:rank]
+  # Directions that no input has: of the size of rounding, and of no sign.
+  least = 1e-6 * squares[0]
+  seen = squares > least
+  a = (
+    jnp.where(seen, jax.lax.rsqrt(jnp.maximum(squares, least)), 0.0)[:, None]
+    * directions
+  )
+  return a, jnp.zeros((rank, n_out), jnp.float32)
 
 
 def loftq_factors(

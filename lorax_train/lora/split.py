@@ -36,7 +36,7 @@ def split(
   names: Names | None = None,
   layout: Layout | None = None,
   others: Names | None = None,
-  originals: Callable[[str, int], Any] | None = None,
+  givens: Callable[[str, int], Any] | None = None,
 ) -> tuple[Params, Params]:
   """Splits parameters into (frozen, trainable), with new factors A and B.
 
@@ -55,8 +55,9 @@ def split(
       more axes is [*stack, in, out].
     others: {path: module names}, likewise, of leaves that take no adapter but
       may be trained whole. None: where `names` is None too, all other leaves.
-    originals: (path, stack index) -> W [in, out] before it was quantised, for
-      init loftq.
+    givens: (path, stack index) -> what the way of beginning wants of a leaf:
+      loftq W [in, out] before it was quantised, whitened the mean [in, in] of
+      x x^T over its inputs (`lora.inputs`).
 
   Returns:
     (frozen, trainable), see the head of this file.
@@ -103,9 +104,9 @@ def split(
         half, own = whole_lib.begin(w, layout[path], places)
       elif any(places):
         axes, look_up = layout[path].replace('v', 'i'), 'v' in layout[path]
-        original = originals and functools.partial(originals, path)
+        given = givens and functools.partial(givens, path)
         half, own = init.begin(
-          key_at(key, path), w, axes, places, look_up, original
+          key_at(key, path), w, axes, places, look_up, given
         )
     except ValueError as error:
       raise ValueError(f'{path}: {error}') from None

@@ -15,7 +15,8 @@ from lorax_train.formats import hf, quantised, safetensors
 from lorax_train.lora.halves import key_at
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
-from lorax_train.train import setup
+from lorax_train.train import moments, setup
+from lorax_train.train.rows import Rows
 from lorax_train.train.setup import Adapters
 
 Tree = Any
@@ -40,11 +41,19 @@ def halves(
   model_dir: Path,
   adapters: Adapters,
   mesh: jax.sharding.Mesh,
+  rows: Rows | None = None,
 ) -> tuple[Tree, Tree]:
   """(frozen, trainable) of a run before its first step, on the mesh.
 
   Where every weight is trained, it is the trainable half itself, of which there
   is no copy: in float32, or without gradients in model.param_dtype.
+
+  Args:
+    cfg: the run.
+    model_dir: of its model.
+    adapters: from `setup.plan_adapters`.
+    mesh: devices, which jax has been told of.
+    rows: the run's, which lora.init=whitened looks at.
 
   Raises:
     ModelError: see `hf.load_params`.
@@ -61,8 +70,10 @@ def halves(
     return frozen, hf.load_params(model_dir, model_cfg, own, mesh)
   params = hf.load_params(model_dir, model_cfg, dtype, mesh)
   stored = safetensors.open_dir(model_dir)
-  originals = quantised.originals(stored, model_cfg, mesh)
-  return setup.split(cfg, params, adapters, originals)
+  givens: setup.Givens = quantised.originals(stored, model_cfg, mesh)
+  if adapters.spec.init == 'whitened' and rows is not None:
+    givens = moments.of_inputs(cfg, adapters, params, rows, mesh)
+  return setup.split(cfg, params, adapters, givens)
 
 
 def random_params(

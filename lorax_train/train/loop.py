@@ -117,7 +117,7 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       if done and config_lib.trains_all(cfg):  # the checkpoint has all of it
         frozen, trainable = setup.abstract(cfg, adapters, mesh)
       else:
-        frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
+        frozen, trainable = base.halves(cfg, model_dir, adapters, mesh, rows)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 
     # --- the state: fresh, or that of the newest valid checkpoint

@@ -1,4 +1,4 @@
-"""A MeZO run again, from its base and a number a step: no rows, no passes.
+"""A MeZO run again, from its base and a number a step: no passes.
 
 mezo.jsonl has a line a step: `step`, `learning_rate` and `slopes`, g of each
 probe, written so that they read back to the bit. The directions follow from the
@@ -121,18 +121,27 @@ def replay(run_dir: str, out: str) -> dict[str, Any]:
   log = read(directory)
   model_dir = find.find_model(cfg.model.path)
   model_cfg = hf_config.read_config(model_dir)
-  if base.fingerprint(cfg, model_dir, model_cfg) != inputs.get('weights'):
-    raise ResumeError(
-      f'run {run_dir}: the weights of {cfg.model.path} are not those that it'
-      ' started from: put them back'
-    )
+
+  def check(name: str, now: str, what: str) -> None:
+    if now != inputs.get(name):
+      raise ResumeError(
+        f'run {run_dir}: the {what} are not those that it started from: put them'
+        ' back'
+      )
+
+  now = base.fingerprint(cfg, model_dir, model_cfg)
+  check('weights', now, f'weights of {cfg.model.path}')
   adapters = setup.plan_adapters(cfg, model_cfg)
   try:
     mesh = setup.make_mesh(cfg)
   except ConfigError:  # it was made for other devices, which is all one here
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
-    frozen, trainable = base.halves(cfg, model_dir, adapters, mesh)
+    rows = None
+    if adapters.spec.init == 'whitened':
+      rows = reading.read_rows(cfg, model_dir, adapters.model_cfg)
+      check('data', rows.fingerprint, 'rows')
+    frozen, trainable = base.halves(cfg, model_dir, adapters, mesh, rows)
     if not adapters.whole:  # PiSSA's and OLoRA's frozen pair is the same arrays
       trainable = jax.tree.map(jnp.copy, trainable)
     trainable = replayed(cfg, frozen, trainable, log)

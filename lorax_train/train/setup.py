@@ -26,8 +26,8 @@ from lorax_train.train import step as step_lib
 from lorax_train.train.step import TrainState
 
 Tree = Any
-# (path, stack index) -> W [in, out] before it was quantised.
-Originals = Callable[[str, int], jax.Array]
+# See `lora.split`.
+Givens = Callable[[str, int], jax.Array]
 
 
 class Adapters(NamedTuple):
@@ -60,7 +60,7 @@ class Adapters(NamedTuple):
     return {**self.names, **self.norms}
 
   def split(
-    self, key: jax.Array, params: Tree, originals: Originals | None = None
+    self, key: jax.Array, params: Tree, givens: Givens | None = None
   ) -> tuple[Tree, Tree]:
     """(frozen, trainable), see `lora.split`."""
     if self.whole:
@@ -72,7 +72,7 @@ class Adapters(NamedTuple):
       self.names,
       self.layout,
       self.norms,
-      originals,
+      givens,
     )
 
 
@@ -165,16 +165,19 @@ def abstract(
   model_cfg = adapters.model_cfg
   params = params_lib.abstract(model_cfg, jnp.dtype(cfg.model.param_dtype))
   matrices = {
-    p.path: params_lib.shape(model_cfg, p)[1:]
+    p.path: params_lib.shape(model_cfg, p)[-2:]
     for p in params_lib.table(model_cfg)
   }
 
-  def original(path: str, layer: int) -> jax.Array:
-    return jnp.zeros(matrices[path])
+  def given(path: str, layer: int) -> jax.Array:
+    n_in, n_out = matrices[path]
+    return jnp.zeros(
+      (n_in, n_in if adapters.spec.init == 'whitened' else n_out)
+    )
 
   try:
     frozen, trainable = jax.eval_shape(
-      lambda p: adapters.split(jax.random.key(0), p, original), params
+      lambda p: adapters.split(jax.random.key(0), p, given), params
     )
   except ValueError as error:
     raise ConfigError(f'lora: {error}') from None
@@ -295,15 +298,15 @@ def split(
   cfg: TrainConfig,
   params: Tree,
   adapters: Adapters,
-  originals: Originals | None = None,
+  givens: Givens | None = None,
 ) -> tuple[Tree, Tree]:
   """Factors beside the weights, lying as the weights do.
 
-  `originals`, which lora.init=loftq wants, are those of `quantised.originals`.
+  `givens` are what `lora.split` wants of them for lora.init=loftq and whitened.
   """
   if adapters.loaded is None:
     key = jax.random.key(cfg.train.seed)
-    frozen, trainable = adapters.split(key, params, originals)
+    frozen, trainable = adapters.split(key, params, givens)
   else:
     frozen, trainable = peft.attach(
       adapters.loaded, adapters.placed, adapters.model_cfg, params

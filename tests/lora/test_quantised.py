@@ -144,7 +144,7 @@ def originals(path, index):
 @pytest.mark.parametrize('variant', ['dora', 'rslora+lora_fa'])
 def test_loftq_gives_back_what_quantising_lost(variant, trees):
   spec = LoraSpec('q', rank=4, alpha=6, init='loftq', variant=variant)
-  halves = lora.split(jax.random.key(0), trees[0], spec, originals=originals)
+  halves = lora.split(jax.random.key(0), trees[0], spec, givens=originals)
   lost = matrices() - np.asarray(trees[1]['q'])
   u, s, vt = np.linalg.svd(lost, full_matrices=False)
   best = (u[..., :4] * s[:, None, :4]) @ vt[:, :4]
@@ -175,7 +175,7 @@ REFUSED = {
   ),
   'loftq on a plain array': (
     LoraSpec('norm', init='loftq'),
-    {'originals': originals},
+    {'givens': originals},
     'norm: init loftq corrects what quantising lost, and this weight is not',
   ),
   'trained whole': (
@@ -185,7 +185,7 @@ REFUSED = {
   ),
   'rank': (
     LoraSpec('q', init='loftq', rank=25),
-    {'originals': originals},
+    {'givens': originals},
     'q: init loftq: rank 25 is above the smaller side',
   ),
   'not [in, out]': (
