@@ -48,7 +48,7 @@ METHODS: dict[str, dict[str, Any]] = {
     'method': 'mezo',
     'lora.variant': 'lora_fa',
     'mezo.epsilon': 1e-2,
-    'train.learning_rate': 1e-2,
+    'train.learning_rate': 1e-3,
   },
   'full': {
     'method': 'full',

@@ -54,12 +54,19 @@ def of_inputs(
     for path, names in adapters.names.items()
     if any(isinstance(adapters.placed.get(n), lora.Placement) for n in names)
   }
-  found = zeros = inputs.no_moments(params, paths)
-  look = jax.jit(jax.grad(total))
+  zeros = inputs.no_moments(params, paths)
+
+  @jax.jit
+  def add(found: Tree, params: Tree, batch: Tree) -> Tree:
+    return jax.tree.map(jnp.add, found, jax.grad(total)(zeros, params, batch))
+
+  found = zeros
   rows_a_step = cfg.train.grad_accum * cfg.train.batch_size
   for step in range(math.ceil(_ROWS / rows_a_step)):
     batch, _ = rows.batch(cfg, mesh, step)
-    found = jax.tree.map(jnp.add, found, look(zeros, params, batch))
+    # One at a time: collectives of programs that wait in line for CPU devices
+    # can wait for each other.
+    found = jax.block_until_ready(add(found, params, batch))
 
   def mean(path: str, layer: int) -> jax.Array:
     total, count = found[path]
