@@ -31,7 +31,12 @@ if TYPE_CHECKING:
   from lorax_train.lora.spec import Placement
 
 INITS = (
-  *('default', 'gaussian', 'orthogonal', 'pissa', 'olora', 'loftq'),
+  'default',
+  'gaussian',
+  'orthogonal',
+  'pissa',
+  'olora',
+  'loftq',
   'whitened',
 )
 FROM_BASE = ('pissa', 'olora')
@@ -294,11 +299,8 @@ def whitened(moments: jax.Array, n_out: int, rank: int) -> Pair:
   # Directions that no input has: of the size of rounding, and of no sign.
   least = 1e-6 * squares[0]
   seen = squares > least
-  a = (
-    jnp.where(seen, jax.lax.rsqrt(jnp.maximum(squares, least)), 0.0)[:, None]
-    * directions
-  )
-  return a, jnp.zeros((rank, n_out), jnp.float32)
+  gains = jnp.where(seen, lax.rsqrt(jnp.maximum(squares, least)), 0.0)
+  return gains[:, None] * directions, jnp.zeros((rank, n_out), jnp.float32)
 
 
 def loftq_factors(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax_train.lora.halves import Params, is_weight, path_of
-from lorax_train.lora.weight import node, product
+from lorax_train.lora.weight import Around, node, product
 
 Array = Any
 
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 
 @node('w', 'moments')
-class Watched:
+class Watched(Around):
   """A weight [*stack, in, out] whose products also tell of their inputs.
 
   Attributes:
@@ -44,31 +44,10 @@ class Watched:
   w: Array
   moments: Moments
 
-  # numpy must hand `x @ weight` to us instead of trying elementwise.
-  __array_ufunc__ = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of W."""
-    return self.w.shape
-
-  @property
-  def ndim(self) -> int:
-    """Number of axes of W."""
-    return len(self.w.shape)
-
-  @property
-  def dtype(self) -> Any:
-    """Dtype W is stored in."""
-    return self.w.dtype
-
   def apply_to(self, x: Array, out_dtype: Any = None) -> Array:
     """x [..., in] @ W."""
     y = product(x, self.w, out_dtype)
     return y + _told(x, self.moments, y.shape[-1], y.dtype)
-
-  def __rmatmul__(self, x: Array) -> Array:
-    return self.apply_to(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 
 from lorax_train.lora.halves import is_half, is_trained, path_of
-from lorax_train.lora.weight import Fixed, node, product
+from lorax_train.lora.weight import Around, Fixed, node, product
 from lorax_train.lora.whole import Original
 
 Array = Any
@@ -37,7 +37,7 @@ _ROUNDING = 0x526F
 
 
 @node('w', 'key', 'epsilon')
-class Perturbed:
+class Perturbed(Around):
   """W + epsilon z, made of one layer where it is used and then dropped.
 
   Attributes:
@@ -49,24 +49,6 @@ class Perturbed:
   w: Array
   key: Array
   epsilon: Array
-
-  # numpy must hand `x @ weight` to us instead of trying elementwise.
-  __array_ufunc__ = None
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of W."""
-    return self.w.shape
-
-  @property
-  def ndim(self) -> int:
-    """Number of axes of W."""
-    return len(self.w.shape)
-
-  @property
-  def dtype(self) -> Any:
-    """Dtype W is stored in."""
-    return self.w.dtype
 
   def astype(self, dtype: Any) -> 'Perturbed':
     """Itself: the sum is rounded once, to what it is multiplied with."""
@@ -80,9 +62,6 @@ class Perturbed:
       raise ValueError('a perturbed weight is one layer: scan the stack')
     w = moved(self.w, self.key[None], self.epsilon[None], x.dtype)
     return product(x, w, out_dtype)
-
-  def __rmatmul__(self, x: Array) -> Array:
-    return self.apply_to(x)
 
 
 def perturb(

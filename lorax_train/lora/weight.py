@@ -10,6 +10,7 @@ keeps. Every array of a weight carries the stack axes (those of a layer scan)
 in front, because a scan slices every leaf.
 """
 
+import abc
 import dataclasses
 import typing
 from typing import Any
@@ -94,25 +95,14 @@ class Adapter:
   m: Array | None = None
 
 
-@node('w', 'a', 'b', 'scale', 'rate', 'key', 'a0', 'b0', 'norm2', 'm')
-class LoraWeight:
-  """W [*stack, in, out] and its low-rank update, behaving as the sum.
+class Around(abc.ABC):
+  """A weight that holds another, and behaves as that and what is beside it.
 
-  `key` ([*stack] typed PRNG keys) turns dropout on: it falls on the input of
-  A only, as in the paper and in PEFT. The others are as in `Fixed` and
-  `Adapter`.
+  Attributes:
+    w: the other, [*stack, in, out].
   """
 
   w: Array
-  a: Array
-  b: Array
-  scale: Array
-  rate: Array | None = None
-  key: Array | None = None
-  a0: Array | None = None
-  b0: Array | None = None
-  norm2: Array | None = None
-  m: Array | None = None
 
   # numpy must hand `x @ weight` to us instead of trying elementwise.
   __array_ufunc__ = None
@@ -131,6 +121,34 @@ class LoraWeight:
   def dtype(self) -> Any:
     """Dtype W is stored in."""
     return self.w.dtype
+
+  @abc.abstractmethod
+  def apply_to(self, x: Array, out_dtype: Any = None) -> Array:
+    """x [..., in] @ what it stands for -> [..., out]; see `product`."""
+
+  def __rmatmul__(self, x: Array) -> Array:
+    return self.apply_to(x)
+
+
+@node('w', 'a', 'b', 'scale', 'rate', 'key', 'a0', 'b0', 'norm2', 'm')
+class LoraWeight(Around):
+  """W [*stack, in, out] and its low-rank update, behaving as the sum.
+
+  `key` ([*stack] typed PRNG keys) turns dropout on: it falls on the input of
+  A only, as in the paper and in PEFT. The others are as in `Fixed` and
+  `Adapter`.
+  """
+
+  w: Array
+  a: Array
+  b: Array
+  scale: Array
+  rate: Array | None = None
+  key: Array | None = None
+  a0: Array | None = None
+  b0: Array | None = None
+  norm2: Array | None = None
+  m: Array | None = None
 
   def apply_to(self, x: Array, out_dtype: Any = None) -> Array:
     """x @ (W + scale A^T B) as x @ W + ((x A^T) scale) B.
@@ -179,9 +197,6 @@ class LoraWeight:
     with jax.default_matmul_precision('highest'):
       norm2 = sum_norm2(self.w, self.norm2, a, b, scale)
     return gain(self.m, norm2, scale)
-
-  def __rmatmul__(self, x: Array) -> Array:
-    return self.apply_to(x)
 
   def __getitem__(self, ids: Array) -> Array:
     """Rows of W + scale A^T B: the embedding look-up, [..., out]."""
