@@ -70,8 +70,9 @@ class LoraSection:
     dropout: rate on the adapters' input.
     variant: lora, or of rslora, dora and lora_fa one or more with + between.
     init: how A and B begin: default, gaussian, orthogonal, or from the base:
-      pissa, olora; loftq with what a quantised base lost; whitened along the
-      inputs that rows of the run give, each direction at one size.
+      pissa, olora; loftq with what a quantised base lost, qera with what its
+      outputs lost over rows of the run; whitened along the inputs that such
+      rows give, each direction at one size.
     exclude: names or a regex that win over targets; '' for none.
     rank_pattern: other ranks by regex: 'down_proj=16,layers.0.*=4'.
     alpha_pattern: other alphas by regex, likewise.

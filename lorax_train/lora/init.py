@@ -2,8 +2,8 @@
 
 What is in FROM_BASE begins with an update that is not zero, and takes it away
 again (`Fixed.a0`, `b0`): W itself is never changed, so that the base stays
-shared and unrounded. PEFT subtracts it from W instead. LoftQ's update stays: it
-is what W lost in quantising.
+shared and unrounded. PEFT subtracts it from W instead. The update of what is in
+FROM_LOST stays: it is what W lost in quantising.
 
 Axis letters: R rank.
 """
@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from lorax_train.lora import axes as axes_lib
+from lorax_train.lora import starts
 from lorax_train.lora.weight import (
   Adapter,
   Fixed,
@@ -37,11 +38,16 @@ INITS = (
   'pissa',
   'olora',
   'loftq',
+  'qera',
   'whitened',
 )
 FROM_BASE = ('pissa', 'olora')
+FROM_LOST = ('loftq', 'qera')
+FROM_INPUTS = ('qera', 'whitened')
 
-Pair = tuple[jax.Array, jax.Array]
+_LOST = 'the weights as they were before quantising'
+_INPUTS = "the second moments of the leaf's inputs (lora.inputs)"
+WANTS = {'loftq': _LOST, 'qera': f'{_LOST} and {_INPUTS}', 'whitened': _INPUTS}
 
 
 def begin(
@@ -71,9 +77,9 @@ def begin(
     raise ValueError(
       f'a quantised weight is [*stack, in, out] of a product, not of axes {axes}'
     )
-  if some.init == 'loftq' and not is_quantised(w):
+  if some.init in FROM_LOST and not is_quantised(w):
     raise ValueError(
-      'init loftq corrects what quantising lost, and this weight is not quantised:'
+      f'init {some.init} corrects what quantising lost, and this weight is not quantised:'
       ' leave it out of the targets, or load the model quantised'
     )
   if look_up:
@@ -100,7 +106,7 @@ def begin(
     norm2 = column_norms2(axes_lib.to_matrices(w, axes))
     norm2 = axes_lib.unflatten(norm2, w.shape, axes, 'o')
     fixed = dataclasses.replace(fixed, norm2=norm2)
-    if some.init == 'loftq':  # its sum is not W at the start
+    if some.init in FROM_LOST:  # its sum is not W at the start
       with jax.default_matmul_precision('highest'):
         norm2 = by_layer(sum_norm2, w, norm2, a, b, scale)
     adapter = dataclasses.replace(adapter, m=jnp.sqrt(norm2))
@@ -158,7 +164,7 @@ def _factors(
   axes: str,
   places: Sequence['Placement | None'],
   given: Callable[[int], Any] | None = None,
-) -> Pair:
+) -> starts.Pair:
   """A [*stack, R, in] and B [*stack, R, out], in and out flattened.
 
   R is the largest rank; rows past an index's own rank are zero in both.
@@ -175,32 +181,30 @@ def _factors(
     if kind == 'look-up':
       b = jax.random.normal(key, shape_b, jnp.float32)
       return jnp.zeros(shape_a, jnp.float32), _live(b, live)
-    a = {'default': default, 'gaussian': gaussian}[kind](key, shape_a)
+    a = {'default': starts.default, 'gaussian': starts.gaussian}[kind](
+      key, shape_a
+    )
     return _live(a, live), jnp.zeros(shape_b, jnp.float32)
-  if kind == 'loftq' and given is None:
-    raise ValueError(
-      'init loftq wants the weights as they were before quantising: give split'
-      ' givens'
-    )
-  if kind == 'whitened' and given is None:
-    raise ValueError(
-      "init whitened wants the second moments of the leaf's inputs: give split"
-      ' givens (lora.inputs)'
-    )
+  if kind in WANTS and given is None:
+    raise ValueError(f'init {kind} wants {WANTS[kind]}: give split givens')
+  wanted: Any = given
   matrices = None
   if kind not in ('orthogonal', 'whitened'):
     matrices = _flat_stack(axes_lib.to_matrices(w, axes), len(stack))
 
-  def of(i: int, place: 'Placement') -> Pair:
+  def of(i: int, place: 'Placement') -> starts.Pair:
+    rank, scale = place.rank, place.scale
     if kind == 'orthogonal':
-      own = jax.random.fold_in(key, i)
-      return orthogonal(own, n_in, n_out, place.rank)
-    if kind == 'whitened' and given is not None:
-      return whitened(given(i), n_out, place.rank)
+      return starts.orthogonal(jax.random.fold_in(key, i), n_in, n_out, rank)
+    if kind == 'whitened':
+      return starts.whitened(wanted(i), n_out, rank)
     matrix = plain(jax.tree.map(lambda x: x[i], matrices), jnp.float32)
-    if kind == 'loftq' and given is not None:
-      return loftq_factors(given(i), matrix, place.rank, place.scale)
-    return from_base(kind, matrix, place.rank, place.scale)
+    if kind == 'loftq':
+      return starts.loftq_factors(wanted(i), matrix, rank, scale)
+    if kind == 'qera':
+      original, moments = wanted(i)
+      return starts.qera_factors(original, matrix, moments, rank, scale)
+    return starts.from_base(kind, matrix, rank, scale)
 
   halves: tuple[list[jax.Array], list[jax.Array]] = ([], [])
   for i, place in enumerate(places):
@@ -216,138 +220,3 @@ def _factors(
 def _live(factor: jax.Array, live: np.ndarray) -> jax.Array:
   """The factor with zeros past each index's own rank."""
   return factor if live.all() else jnp.where(live, factor, 0.0)
-
-
-def default(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A [..., R, in] uniform in +-1/sqrt(in): PEFT's, Kaiming with a = sqrt(5)."""
-  bound = 1.0 / math.sqrt(shape[-1])
-  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def gaussian(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-  """A [..., R, in] normal of deviation 1/R: PEFT's, after Hu et al. 2021."""
-  return jax.random.normal(key, shape, jnp.float32) / shape[-2]
-
-
-def orthogonal(key: jax.Array, n_in: int, n_out: int, rank: int) -> Pair:
-  """A and B random, of spaces of rank that are orthogonal: A^T B is zero.
-
-  As PEFT's `orthogonal`: the rows of an orthogonal [R, R] are dealt out, the
-  even ones to A and the odd ones to B.
-  """
-  if rank % 2:
-    raise ValueError(f'init orthogonal: rank {rank} is odd, give an even one')
-  keys = jax.random.split(key, 3)
-  q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank), jnp.float32))
-
-  def half(key, rows, n):
-    return rows.T @ jax.random.normal(key, (rank // 2, n), jnp.float32) / 10
-
-  with jax.default_matmul_precision('highest'):
-    return half(keys[1], q[0::2], n_in), half(keys[2], q[1::2], n_out)
-
-
-def from_base(kind: str, w: jax.Array, rank: int, scale: float) -> Pair:
-  """`pissa` or `olora` of W [in, out]."""
-  _check_rank(kind, w, rank)
-  w = w.astype(jnp.float32)
-  return pissa(w, rank, scale) if kind == 'pissa' else olora(w, rank)
-
-
-def _check_rank(kind: str, w: jax.Array, rank: int) -> None:
-  if rank > min(w.shape):
-    raise ValueError(
-      f'init {kind}: rank {rank} is above the smaller side of a weight'
-      f' [in, out] = {list(w.shape)}'
-    )
-
-
-def pissa(w: jax.Array, rank: int, scale: float) -> Pair:
-  """The first R singular triples of W, shared out by roots (Meng et al. 2024).
-
-  scale A^T B is the best approximation of W of that rank.
-  """
-  u, s, vt = jnp.linalg.svd(w, full_matrices=False)
-  root = jnp.sqrt(s[:rank] / scale)[:, None]
-  return root * u.T[:rank], root * vt[:rank]
-
-
-def olora(w: jax.Array, rank: int) -> Pair:
-  """R columns of the QR of W^T (Büyükakyüz 2024): B orthonormal, A the rest."""
-  q, r = jnp.linalg.qr(w.T)
-  return r[:rank], q.T[:rank]
-
-
-def whitened(moments: jax.Array, n_out: int, rank: int) -> Pair:
-  """A [R, in] that makes R uncorrelated features of mean square 1; B is zero.
-
-  The directions are EVA's (Paischer et al. 2024), those along which the inputs
-  are largest; divided by how large, none of them drowns the others.
-
-  Args:
-    moments: [in, in] mean of x x^T over inputs x.
-    n_out: out.
-    rank: R.
-  """
-  n_in = len(moments)
-  if rank > n_in:
-    raise ValueError(
-      f'init whitened: rank {rank} is above the {n_in} inputs of a weight'
-    )
-  squares, directions = jnp.linalg.eigh(moments.astype(jnp.float32))
-  squares, directions = squares[::-1][:rank], directions.T[::-1][:rank]
-  # Directions that no input has: of the size of rounding, and of no sign.
-  least = 1e-6 * squares[0]
-  seen = squares > least
-  gains = jnp.where(seen, lax.rsqrt(jnp.maximum(squares, least)), 0.0)
-  return gains[:, None] * directions, jnp.zeros((rank, n_out), jnp.float32)
-
-
-def loftq_factors(
-  w: Any, w_quantised: jax.Array, rank: int, scale: float
-) -> Pair:
-  """A and B of the best update from the quantised W to W (Li et al. 2023).
-
-  Args:
-    w: [in, out] before it was quantised.
-    w_quantised: [in, out] what is left of it.
-    rank: R.
-    scale: of the update scale A^T B.
-
-  Returns:
-    A [R, in] and B [R, out] float32.
-  """
-  _check_rank('loftq', w_quantised, rank)
-  lost = jnp.asarray(w).astype(jnp.float32) - w_quantised.astype(jnp.float32)
-  return pissa(lost, rank, scale)
-
-
-def loftq(
-  w: jax.Array,
-  quantise: Callable[[jax.Array], Any],
-  rank: int,
-  scale: float,
-  iterations: int = 1,
-) -> tuple[Any, jax.Array, jax.Array]:
-  """LoftQ (Li et al. 2023, algorithm 1): Q and A, B with Q + scale A^T B near W.
-
-  With one iteration (PEFT's default) Q is W quantised as ever, and the adapter
-  fits any load of the same base.
-
-  Args:
-    w: [in, out].
-    quantise: [in, out] float32 -> an array, or a weight with `dequantised`.
-    rank: R.
-    scale: of the update.
-    iterations: how often Q, and then A and B, are chosen anew.
-
-  Returns:
-    (quantise's answer, A [R, in], B [R, out]).
-  """
-  w = w.astype(jnp.float32)
-  residual = w
-  for _ in range(iterations):
-    q = quantise(residual)
-    a, b = loftq_factors(w, plain(q, jnp.float32), rank, scale)
-    residual = w - scale * a.T @ b
-  return q, a, b

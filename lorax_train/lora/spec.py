@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lorax_train.lora.init import FROM_BASE, INITS
+from lorax_train.lora.init import FROM_BASE, FROM_LOST, INITS
 
 ALL_LINEAR = 'all-linear'
 # What `variant` may be made of, with + between them.
@@ -72,7 +72,7 @@ class LoraSpec:
     if self.init not in INITS:
       problems.append(f'init {self.init!r} is none of {", ".join(INITS)}')
     least = min([self.alpha, *self.alpha_pattern.values()])
-    if self.init in (*FROM_BASE, 'loftq') and least <= 0:
+    if self.init in (*FROM_BASE, *FROM_LOST) and least <= 0:
       problems.append(f'init {self.init} needs an alpha above 0, not {least}')
     for where, rank in [('rank', self.rank), *self.rank_pattern.items()]:
       if type(rank) is not int or rank < 1:

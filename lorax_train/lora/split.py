@@ -57,7 +57,7 @@ def split(
       may be trained whole. None: where `names` is None too, all other leaves.
     givens: (path, stack index) -> what the way of beginning wants of a leaf:
       loftq W [in, out] before it was quantised, whitened the mean [in, in] of
-      x x^T over its inputs (`lora.inputs`).
+      x x^T over its inputs (`lora.inputs`), qera the pair of both.
 
   Returns:
     (frozen, trainable), see the head of this file.

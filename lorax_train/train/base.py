@@ -13,6 +13,7 @@ from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.formats import hf, quantised, safetensors
 from lorax_train.lora.halves import key_at
+from lorax_train.lora.init import FROM_INPUTS
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import moments, setup
@@ -53,7 +54,7 @@ def halves(
     model_dir: of its model.
     adapters: from `setup.plan_adapters`.
     mesh: devices, which jax has been told of.
-    rows: the run's, which lora.init=whitened looks at.
+    rows: the run's, which lora.init=whitened and qera look at.
 
   Raises:
     ModelError: see `hf.load_params`.
@@ -70,10 +71,17 @@ def halves(
     return frozen, hf.load_params(model_dir, model_cfg, own, mesh)
   params = hf.load_params(model_dir, model_cfg, dtype, mesh)
   stored = safetensors.open_dir(model_dir)
-  givens: setup.Givens = quantised.originals(stored, model_cfg, mesh)
-  if adapters.spec.init == 'whitened' and rows is not None:
-    givens = moments.of_inputs(cfg, adapters, params, rows, mesh)
-  return setup.split(cfg, params, adapters, givens)
+  original: setup.Givens = quantised.originals(stored, model_cfg, mesh)
+  if adapters.spec.init not in FROM_INPUTS or rows is None:
+    return setup.split(cfg, params, adapters, original)
+  of_inputs = moments.of_inputs(cfg, adapters, params, rows, mesh)
+  if adapters.spec.init == 'whitened':
+    return setup.split(cfg, params, adapters, of_inputs)
+
+  def both(path: str, layer: int) -> tuple[Any, Any]:
+    return original(path, layer), of_inputs(path, layer)
+
+  return setup.split(cfg, params, adapters, both)
 
 
 def random_params(

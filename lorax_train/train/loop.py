@@ -15,11 +15,13 @@ from lorax_train import lora, together
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, DivergedError, StoppedError
 from lorax_train.formats import find, hf_config
+from lorax_train.lora.init import FROM_INPUTS
 from lorax_train.train import (
   base,
   checkpoint,
   export,
   metrics,
+  moments,
   optim,
   plot,
   reading,
@@ -117,6 +119,10 @@ def _run_locked(cfg: TrainConfig, run_dir: Path) -> Path:
       if done and config_lib.trains_all(cfg):  # the checkpoint has all of it
         frozen, trainable = setup.abstract(cfg, adapters, mesh)
       else:
+        if adapters.spec.init in FROM_INPUTS:
+          say(
+            f'inputs     of up to {moments.ROWS} rows: A and B begin from them'
+          )
         frozen, trainable = base.halves(cfg, model_dir, adapters, mesh, rows)
     say(f'loaded     {time.monotonic() - began:.1f} s')
 

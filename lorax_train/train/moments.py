@@ -15,8 +15,10 @@ from lorax_train.train.rows import Rows
 
 Tree = Any
 
-# Rows looked at, at the least: the first that the run trains on.
-_ROWS = 256
+# Rows looked at: the first that the run trains on, ROWS of them, or fewer where a
+# matrix of each target, in the mean over layers, has INPUTS inputs for each `in`.
+ROWS = 256
+INPUTS = 4
 
 
 def of_inputs(
@@ -57,16 +59,21 @@ def of_inputs(
   zeros = inputs.no_moments(params, paths)
 
   @jax.jit
-  def add(found: Tree, params: Tree, batch: Tree) -> Tree:
-    return jax.tree.map(jnp.add, found, jax.grad(total)(zeros, params, batch))
+  def add(found: Tree, params: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
+    seen = jax.grad(total)(zeros, params, batch)
+    found = jax.tree.map(jnp.add, found, seen)
+    each = [jnp.mean(m.count) / m.total.shape[-1] for m in found.values()]
+    return found, jnp.min(jnp.stack(each))
 
   found = zeros
   rows_a_step = cfg.train.grad_accum * cfg.train.batch_size
-  for step in range(math.ceil(_ROWS / rows_a_step)):
+  for step in range(math.ceil(ROWS / rows_a_step)):
     batch, _ = rows.batch(cfg, mesh, step)
     # One at a time: collectives of programs that wait in line for CPU devices
     # can wait for each other.
-    found = jax.block_until_ready(add(found, params, batch))
+    found, fewest = add(found, params, batch)
+    if float(fewest) >= INPUTS:
+      break
 
   def mean(path: str, layer: int) -> jax.Array:
     total, count = found[path]

@@ -18,6 +18,7 @@ from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError, ResumeError
 from lorax_train.formats import find, hf_config, hf_save
+from lorax_train.lora.init import FROM_INPUTS
 from lorax_train.train import base, export, metrics, mezo, reading, setup
 from lorax_train.train import state as state_lib
 from lorax_train.train.checkpoint import write_atomically
@@ -138,7 +139,7 @@ def replay(run_dir: str, out: str) -> dict[str, Any]:
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
   with jax.set_mesh(mesh):
     rows = None
-    if adapters.spec.init == 'whitened':
+    if adapters.spec.init in FROM_INPUTS:
       rows = reading.read_rows(cfg, model_dir, adapters.model_cfg)
       check('data', rows.fingerprint, 'rows')
     frozen, trainable = base.halves(cfg, model_dir, adapters, mesh, rows)

@@ -15,6 +15,7 @@ from lorax_train.config import TrainConfig
 from lorax_train.errors import ConfigError
 from lorax_train.formats import peft, quant_config, quantised
 from lorax_train.lora.halves import is_half
+from lorax_train.lora.init import FROM_LOST
 from lorax_train.lora.matching import flat
 from lorax_train.models import attention
 from lorax_train.models import params as params_lib
@@ -27,7 +28,7 @@ from lorax_train.train.step import TrainState
 
 Tree = Any
 # See `lora.split`.
-Givens = Callable[[str, int], jax.Array]
+Givens = Callable[[str, int], Any]
 
 
 class Adapters(NamedTuple):
@@ -118,9 +119,9 @@ def plan_adapters(cfg: TrainConfig, model_cfg: DecoderConfig) -> Adapters:
     model_cfg = dataclasses.replace(model_cfg, tied=False)
   none = no_adapters(model_cfg)
   spec = config_lib.lora_spec(cfg.lora)
-  if spec.init == 'loftq' and model_cfg.quant.stored:
+  if spec.init in FROM_LOST and model_cfg.quant.stored:
     raise ConfigError(
-      f'lora.init=loftq: the files of {cfg.model.path} hold quantised weights'
+      f'lora.init={spec.init}: the files of {cfg.model.path} hold quantised weights'
       ' alone, and not what they lost: give the model they were made of, with'
       f' model.quant={model_cfg.quant.kind}'
     )
@@ -169,11 +170,11 @@ def abstract(
     for p in params_lib.table(model_cfg)
   }
 
-  def given(path: str, layer: int) -> jax.Array:
+  def given(path: str, layer: int) -> Any:
     n_in, n_out = matrices[path]
-    return jnp.zeros(
-      (n_in, n_in if adapters.spec.init == 'whitened' else n_out)
-    )
+    original, moments = jnp.zeros((n_in, n_out)), jnp.zeros((n_in, n_in))
+    of = {'whitened': moments, 'qera': (original, moments)}
+    return of.get(adapters.spec.init, original)
 
   try:
     frozen, trainable = jax.eval_shape(
@@ -302,7 +303,7 @@ def split(
 ) -> tuple[Tree, Tree]:
   """Factors beside the weights, lying as the weights do.
 
-  `givens` are what `lora.split` wants of them for lora.init=loftq and whitened.
+  `givens` are what `lora.split` wants of them of its init.
   """
   if adapters.loaded is None:
     key = jax.random.key(cfg.train.seed)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from lorax_train import lora
-from lorax_train.lora import LoraSpec, algebra
-from lorax_train.lora import init as init_lib
+from lorax_train.lora import LoraSpec, algebra, starts
 from lorax_train.quant import QuantWeight, int8, nf4, quantise
 
 pytestmark = [pytest.mark.compat, pytest.mark.usefixtures('strict')]
@@ -152,6 +151,55 @@ def test_loftq_gives_back_what_quantising_lost(variant, trees):
   np.testing.assert_allclose(got, best, atol=2e-5)
 
 
+def inputs():
+  """float32 [300, IN]: long in few directions, as those of language models."""
+  rng = np.random.default_rng(5)
+  mixed = rng.standard_normal((IN, IN)) * 0.8 ** np.arange(IN)[:, None]
+  return (rng.standard_normal((300, IN)) @ mixed).astype(np.float32)
+
+
+def originals_and_moments(path, index):
+  x = inputs()
+  return originals(path, index), x.T @ x / len(x)
+
+
+@pytest.mark.parametrize('variant', ['dora', 'rslora+lora_fa'])
+def test_qera_brings_outputs_as_near_as_its_rank_can(variant, trees):
+  spec = LoraSpec('q', rank=4, alpha=6, init='qera', variant=variant)
+  halves = lora.split(
+    jax.random.key(0), trees[0], spec, givens=originals_and_moments
+  )
+  # Reduced-rank regression: of a rank, nothing is nearer than the first singular
+  # triples of the outputs themselves.
+  x = inputs().astype(np.float64)
+  lost = x @ (matrices() - np.asarray(trees[1]['q']))
+  u, s, vt = np.linalg.svd(lost, full_matrices=False)
+  best = (u[..., :4] * s[:, None, :4]) @ vt[:, :4]
+  got = x @ np.asarray(merge(*halves)['q'] - trees[1]['q'])
+  np.testing.assert_allclose(got, best, atol=1e-4 * np.abs(best).max())
+  a, b = (
+    np.asarray(f)
+    for f in (
+      lora.fixed_factors(halves[0])['q'].a
+      if 'fa' in variant
+      else halves[1]['q'].a,
+      halves[1]['q'].b,
+    )
+  )
+  np.testing.assert_allclose(
+    np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1), rtol=1e-4
+  )
+
+
+def test_qera_without_inputs_is_loftq():
+  w = matrices()[0]
+  given = jnp.asarray(w), jnp.round(w * 2) / 2
+  got = starts.qera_factors(*given, jnp.zeros((IN, IN)), 3, 0.5)
+  want = starts.loftq_factors(*given, 3, 0.5)
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(np.abs(x), np.abs(y), atol=1e-5)
+
+
 def test_loftq_by_turns():
   w = jnp.asarray(matrices()[0])
 
@@ -160,7 +208,7 @@ def test_loftq_by_turns():
 
   errors = []
   for n in (1, 2, 5):
-    q, a, b = init_lib.loftq(w, coarse, rank=8, scale=0.5, iterations=n)
+    q, a, b = starts.loftq(w, coarse, rank=8, scale=0.5, iterations=n)
     errors.append(float(jnp.linalg.norm(q + 0.5 * a.T @ b - w)))
     if n == 1:
       np.testing.assert_array_equal(q, coarse(w))
@@ -172,6 +220,12 @@ REFUSED = {
     LoraSpec('q', init='loftq'),
     {},
     'q: init loftq wants the weights as they were before quantising',
+  ),
+  'qera without originals': (
+    LoraSpec('q', init='qera'),
+    {},
+    'q: init qera wants the weights as they were before quantising and the second'
+    " moments of the leaf's inputs",
   ),
   'loftq on a plain array': (
     LoraSpec('norm', init='loftq'),

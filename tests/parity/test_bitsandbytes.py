@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax_train.lora import init as init_lib
+from lorax_train.lora import starts
 from lorax_train.quant import blockwise, int8, nf4, quantise
 
 torch = pytest.importorskip('torch')
@@ -141,7 +141,7 @@ def test_loftq(iterations):
     q = nf4.from_bitsandbytes(quantise(np.asarray(w).T, double=False))
     return jax.tree.map(jnp.asarray, q)
 
-  q, a, b = init_lib.loftq(
+  q, a, b = starts.loftq(
     jnp.asarray(w.numpy().T), in_nf4, rank, scale, iterations
   )
   want_q, want_update = their_loftq(w, rank, iterations)
