@@ -60,6 +60,7 @@ def test_a_run_begins_along_its_inputs(tokens_file, tmp_path):
   np.testing.assert_allclose(features.T @ features / len(x), np.eye(4), atol=5e-3)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_quantised_base_begins_with_what_its_outputs_lost(
   tokens_file, tmp_path
 ):
