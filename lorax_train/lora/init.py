@@ -47,7 +47,7 @@ FROM_INPUTS = ('qera', 'whitened')
 
 _LOST = 'the weights as they were before quantising'
 _INPUTS = "the second moments of the leaf's inputs (lora.inputs)"
-WANTS = {'loftq': _LOST, 'qera': f'{_LOST} and {_INPUTS}', 'whitened': _INPUTS}
+_WANTS = {'loftq': _LOST, 'qera': f'{_LOST} and {_INPUTS}', 'whitened': _INPUTS}
 
 
 def begin(
@@ -185,8 +185,8 @@ def _factors(
       key, shape_a
     )
     return _live(a, live), jnp.zeros(shape_b, jnp.float32)
-  if kind in WANTS and given is None:
-    raise ValueError(f'init {kind} wants {WANTS[kind]}: give split givens')
+  if kind in _WANTS and given is None:
+    raise ValueError(f'init {kind} wants {_WANTS[kind]}: give split givens')
   wanted: Any = given
   matrices = None
   if kind not in ('orthogonal', 'whitened'):

@@ -13,7 +13,7 @@ from lorax_train import parallel
 from lorax_train.config import TrainConfig
 from lorax_train.formats import hf, quantised, safetensors
 from lorax_train.lora.halves import key_at
-from lorax_train.lora.init import FROM_INPUTS
+from lorax_train.lora.init import FROM_INPUTS, FROM_LOST
 from lorax_train.models import params as params_lib
 from lorax_train.models.params import DecoderConfig
 from lorax_train.train import moments, setup
@@ -70,18 +70,29 @@ def halves(
     own = dtype if adapters.whole else jnp.float32
     return frozen, hf.load_params(model_dir, model_cfg, own, mesh)
   params = hf.load_params(model_dir, model_cfg, dtype, mesh)
-  stored = safetensors.open_dir(model_dir)
-  original: setup.Givens = quantised.originals(stored, model_cfg, mesh)
-  if adapters.spec.init not in FROM_INPUTS or rows is None:
-    return setup.split(cfg, params, adapters, original)
-  of_inputs = moments.of_inputs(cfg, adapters, params, rows, mesh)
-  if adapters.spec.init == 'whitened':
-    return setup.split(cfg, params, adapters, of_inputs)
+  givens = _givens(cfg, model_dir, adapters, params, mesh, rows)
+  return setup.split(cfg, params, adapters, givens)
 
-  def both(path: str, layer: int) -> tuple[Any, Any]:
-    return original(path, layer), of_inputs(path, layer)
 
-  return setup.split(cfg, params, adapters, both)
+def _givens(
+  cfg: TrainConfig,
+  model_dir: Path,
+  adapters: Adapters,
+  params: Tree,
+  mesh: jax.sharding.Mesh,
+  rows: Rows | None,
+) -> setup.Givens | None:
+  """What A and B begin from beside the base itself, see `lora.split`."""
+  original: setup.Givens | None = None
+  of_inputs: setup.Givens | None = None
+  if adapters.spec.init in FROM_LOST:
+    stored = safetensors.open_dir(model_dir)
+    original = quantised.originals(stored, adapters.model_cfg, mesh)
+  if adapters.spec.init in FROM_INPUTS and rows is not None:
+    of_inputs = moments.of_inputs(cfg, adapters, params, rows, mesh)
+  if original is None or of_inputs is None:
+    return original or of_inputs
+  return lambda path, layer: (original(path, layer), of_inputs(path, layer))
 
 
 def random_params(

@@ -303,7 +303,7 @@ def split(
 ) -> tuple[Tree, Tree]:
   """Factors beside the weights, lying as the weights do.
 
-  `givens` are what `lora.split` wants of them of its init.
+  `givens` are what their way of beginning wants, see `lora.split`.
   """
   if adapters.loaded is None:
     key = jax.random.key(cfg.train.seed)

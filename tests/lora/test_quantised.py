@@ -177,15 +177,8 @@ def test_qera_brings_outputs_as_near_as_its_rank_can(variant, trees):
   best = (u[..., :4] * s[:, None, :4]) @ vt[:, :4]
   got = x @ np.asarray(merge(*halves)['q'] - trees[1]['q'])
   np.testing.assert_allclose(got, best, atol=1e-4 * np.abs(best).max())
-  a, b = (
-    np.asarray(f)
-    for f in (
-      lora.fixed_factors(halves[0])['q'].a
-      if 'fa' in variant
-      else halves[1]['q'].a,
-      halves[1]['q'].b,
-    )
-  )
+  fixed, own = halves[0]['q'], halves[1]['q']
+  a, b = np.asarray(fixed.a_of(own)), np.asarray(own.b)
   np.testing.assert_allclose(
     np.linalg.norm(a, axis=-1), np.linalg.norm(b, axis=-1), rtol=1e-4
   )
